@@ -1,0 +1,136 @@
+"""Reading a checkpoint file without running anything in it, and loading it into the one module it fits.
+
+Only tensors are read (``torch.load(weights_only=True)`` or safetensors). A checkpoint that does not fit is refused with
+the first key at fault and both shapes; nothing is resized, skipped or left at random values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from FreqSegLib.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+StateDict = dict[str, "Tensor"]
+
+_NESTS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """The tensors of a checkpoint file, on the CPU.
+
+    Training scripts nest the weights (``{"epoch": 3, "state_dict": {...}}``) and prefix them (``module.`` from
+    DistributedDataParallel, ``_orig_mod.`` from torch.compile, ``model.`` from a wrapper); both are undone.
+
+    Args:
+        path: a ``.safetensors`` file, or a file written by ``torch.save``.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds Python objects that would have to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights at {path}: the file does not exist. Check the path, or get the weights again.")
+    state = _unwrap(_read(path))
+    if not state:
+        raise WeightsError(
+            f"{path} holds no tensors, so it is not a checkpoint. Give a file with a model's state dict."
+        )
+    return state
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Give ``module`` the weights in ``state``, all of them and nothing else.
+
+    The tensors are taken over, not copied (so ``module`` may be on the meta device), in the dtype of the module's own.
+
+    Args:
+        module: the architecture; its state dict says which keys and shapes are right.
+        state: key to tensor.
+        source: where ``state`` came from, for the message.
+
+    Raises:
+        WeightsError: a key has another shape, is missing or is unknown; names the first, with both shapes.
+    """
+    expected = module.state_dict()
+    faults = _faults(expected, state)
+    if faults:
+        raise WeightsError(
+            f"{source} does not fit this architecture: {'; '.join(faults)}. It holds another model, or a part of one: "
+            "choose the model it was saved from, or get the weights again."
+        )
+    module.load_state_dict({key: state[key].to(value.dtype) for key, value in expected.items()}, assign=True)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            # Copied out of the file: it may then be replaced, and memory is aligned as for any other format, so that
+            # rounding is the same.
+            return {key: value.clone() for key, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is damaged or not a safetensors file ({error}). Get it again.") from error
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            raise WeightsError(
+                f"{path} holds Python objects besides tensors, and FreqSeg runs no code from a checkpoint. "
+                "Save the model's state dict alone, with torch.save or as safetensors, and give that file."
+            ) from error
+        raise WeightsError(f"{path} is damaged or not a checkpoint. Get it again.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if "TorchScript" in str(error):
+            raise WeightsError(
+                f"{path} is a TorchScript archive, and FreqSeg runs no code from a checkpoint. "
+                "Save the model's state dict alone, with torch.save or as safetensors, and give that file."
+            ) from error
+        raise WeightsError(f"{path} is damaged or not a checkpoint. Get it again.") from error
+
+
+def _unwrap(content: Any) -> StateDict:
+    if not isinstance(content, Mapping):
+        return {}
+    for nest in _NESTS:
+        if isinstance(content.get(nest), Mapping):
+            return _unwrap(content[nest])
+    state = {str(key): value for key, value in content.items() if hasattr(value, "shape")}
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
+
+
+def _faults(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What differs, one clause a kind, each naming the first key of its kind."""
+    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    faults = []
+    if shapes:
+        key = shapes[0]
+        found, right = tuple(state[key].shape), tuple(expected[key].shape)
+        faults.append(f"key '{key}' has shape {found}, expected {right}{_more(shapes)}")
+    if missing:
+        key = missing[0]
+        faults.append(f"key '{key}' of shape {tuple(expected[key].shape)} is missing{_more(missing)}")
+    if unknown:
+        key = unknown[0]
+        faults.append(f"key '{key}' of shape {tuple(state[key].shape)} is unknown{_more(unknown)}")
+    return faults
+
+
+def _more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""

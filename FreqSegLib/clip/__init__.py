@@ -1,0 +1,1 @@
+"""Image-text encoders behind one interface."""

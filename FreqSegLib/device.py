@@ -1,0 +1,103 @@
+"""Which device to compute on, and batches that shrink when memory runs out instead of failing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+from FreqSegLib.errors import DeviceError
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+# CUDA; torch's CPU allocator on Linux and macOS, and on Windows; cuBLAS and cuDNN
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N`` as a torch device.
+
+    Raises:
+        DeviceError: CUDA was asked for and is absent, or the device is not supported.
+    """
+    import torch
+
+    wanted = name.strip().lower()
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if wanted.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device '{name}' was asked for, but this machine has no usable CUDA GPU. Use 'cpu'.")
+        number = wanted.removeprefix("cuda").removeprefix(":") or "0"
+        if not number.isdigit() or int(number) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise DeviceError(f"device '{name}' does not exist; this machine has {count} CUDA GPU(s), from cuda:0.")
+        return torch.device(f"cuda:{number}")
+    raise DeviceError(f"device must be auto, cpu or cuda[:N], got '{name}'; others are untested, and so refused.")
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Slices at once: 1 on a CPU, where one slice's feature maps already fill the caches; 8 on a GPU."""
+    return 8 if device.type == "cuda" else 1
+
+
+class Batches:
+    """Runs work in batches; when memory runs out the batch is halved, and stays so for the rest of the run."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = max(1, batch_size)
+
+    def run(self, count: int, work: Callable[[range], Result]) -> Iterator[tuple[range, Result]]:
+        """Yield (indices, ``work(indices)``) until all of ``count`` are done.
+
+        Raises:
+            DeviceError: a single item does not fit.
+        """
+        start = 0
+        while start < count:
+            indices = range(start, min(start + self.batch_size, count))
+            try:
+                result = work(indices)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(indices) == 1:
+                    raise DeviceError(
+                        "Not enough memory for a single slice. Close other programs, crop the volume, or use another "
+                        f"device (--device cpu). The system said: {first_line(error)}"
+                    ) from error
+            else:
+                yield indices, result
+                start = indices.stop
+                continue
+            # only after the except block has the error let go of the failed batch's tensors
+            self.batch_size = len(indices) // 2
+            release_memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is this how torch or Python say that memory ran out?"""
+    if isinstance(error, MemoryError):
+        return True
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give cached GPU memory back before the next, smaller try."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,1 @@
+"""How good the masks are: metrics, labelled cases, and the table ``freqseg evaluate`` prints."""

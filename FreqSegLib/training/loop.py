@@ -1,0 +1,163 @@
+"""The one training loop: AdamW, cosine rate, best checkpoint by validation, early stop, exact resume, a log as CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from FreqSegLib.errors import FreqSegError
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: AdamW's, reached after ``warmup`` steps, then a cosine down to ``final_rate``.
+        validate_every: steps between validations (each also writes the checkpoint to resume from).
+        patience: validations without a better score before stopping.
+    """
+
+    steps: int = 1500
+    learning_rate: float = 1e-3
+    final_rate: float = 1e-6
+    warmup: int = 50
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    validate_every: int = 100
+    patience: int = 6
+    seed: int = 0
+
+
+def fit(
+    model: nn.Module,
+    batch_loss: Callable[[int], Tensor],
+    validate: Callable[[], dict[str, float]],
+    folder: Path,
+    config: LoopConfig,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, float]:
+    """Train ``model``; it ends with the best validated weights.
+
+    Args:
+        model: trained in place.
+        batch_loss: step -> scalar loss. It must draw its randomness from the step, so that a resumed run repeats it.
+        validate: -> numbers; ``score`` (higher is better) chooses the checkpoint.
+        folder: gets ``last.pt`` (resume), ``best.pt`` and ``log.csv``.
+        config: see LoopConfig.
+        report: called with every logged row.
+
+    Returns:
+        The best row.
+
+    Raises:
+        FreqSegError: the loss is not finite; the step is named and the last checkpoint is intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+    )
+    state: dict[str, Any] = {"step": 0, "best": None, "stale": 0, "seconds": 0.0}
+    last, best_file, log = folder / "last.pt", folder / "best.pt", folder / "log.csv"
+    if last.exists():
+        saved = torch.load(last, map_location="cpu", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        state = saved["state"]
+        _keep_rows(log, state["step"])
+    started = time.monotonic() - state["seconds"]
+    running: list[float] = []
+    while state["step"] < config.steps and state["stale"] < config.patience:
+        step = state["step"]
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step, config)
+        model.train()
+        loss = batch_loss(step)
+        if not torch.isfinite(loss):
+            raise FreqSegError(
+                f"The loss became {loss.item()} at step {step}; the last checkpoint is intact. Lower the learning rate."
+            )
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimiser.step()
+        running.append(loss.item())
+        state["step"] = step + 1
+        if state["step"] % config.validate_every == 0 or state["step"] == config.steps:
+            model.eval()
+            row = {
+                "step": float(step + 1),
+                "rate": rate(step, config),
+                "loss": sum(running) / len(running),
+                **validate(),
+            }
+            running = []
+            # a score that is NaN is beaten by any other
+            better = state["best"] is None or not row["score"] <= state["best"]["score"]
+            state.update(
+                best=row if better else state["best"],
+                stale=0 if better else state["stale"] + 1,
+                seconds=time.monotonic() - started,
+            )
+            if better:
+                _save({"model": model.state_dict(), "row": row}, best_file)
+            _append(log, row)
+            _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "state": state}, last)
+            if report:
+                report(row)
+    model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True)["model"])
+    model.eval()
+    return {**state["best"], "seconds": state["seconds"]}
+
+
+def rate(step: int, config: LoopConfig) -> float:
+    """Linear warm-up, then a cosine to ``final_rate``."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.final_rate + (config.learning_rate - config.final_rate) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(path.name + ".part")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _append(path: Path, row: dict[str, float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _keep_rows(path: Path, step: int) -> None:
+    """Drop rows written after the checkpoint, so that the resumed curve has each step once."""
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for row in rows if float(row["step"]) <= step]
+    temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
+    for row in kept:
+        _append(temporary, {key: float(value) for key, value in row.items()})
+    if kept:
+        os.replace(temporary, path)
+    else:
+        path.unlink()

@@ -1,0 +1,52 @@
+# One command each; every one sets up .venv first (a second run skips that).
+export OMP_WAIT_POLICY ?= PASSIVE
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test test-all lint format bench samples train-lite evaluate clean
+
+help:
+	@echo "make demo        segment the simulated sample, picture in freqseg-demo/"
+	@echo "make test        the tests (make test-all: the slow ones too)"
+	@echo "make lint        ruff and mypy"
+	@echo "make bench       speed and memory, as ratios of one run"
+	@echo "make evaluate    accuracy on the real test sets (../shared/data or FREQSEG_DATA)"
+	@echo "make train-lite  train the lite preset's aligner again"
+	@echo "make samples     make the simulated sample volumes again"
+
+setup:
+	@PYTHON="$(PYTHON)" $(PYTHON) scripts/set_up.py
+
+demo: setup
+	$(BIN)/freqseg demo -o freqseg-demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-all: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m Testing.benchmarks
+
+evaluate: setup
+	$(BIN)/freqseg evaluate --markdown build/evaluation.md --csv build/evaluation.csv --overwrite
+
+samples: setup
+	$(BIN)/python -m pip install --quiet "nilearn>=0.11"
+	$(BIN)/python Resources/Samples/make_samples.py
+
+train-lite: setup
+	$(BIN)/freqseg train-lite
+
+clean:
+	rm -rf build freqseg-demo .pytest_cache .mypy_cache .ruff_cache

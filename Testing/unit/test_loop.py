@@ -1,0 +1,204 @@
+"""The training loop: resumed exactly, stopped early, never past a loss that is not finite."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from FreqSegLib.errors import FreqSegError
+from FreqSegLib.training import loop
+from FreqSegLib.training.loop import LoopConfig, fit, rate
+
+CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=2, validate_every=3, patience=10)
+
+
+def new_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def task(
+    model: nn.Module, stop_at: int | None = None
+) -> tuple[Callable[[int], Tensor], Callable[[], dict[str, float]]]:
+    """Regression on batches drawn from the step; ``stop_at`` interrupts the run there."""
+
+    def batch_loss(step: int) -> Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        return ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+
+    def validate() -> dict[str, float]:
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(999))
+        with torch.no_grad():
+            error = float(((model(x) - x.sum(1, keepdim=True)) ** 2).mean())
+        return {"score": -error, "error": error}
+
+    return batch_loss, validate
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path) -> tuple[nn.Module, dict[str, float], Path]:
+    model = new_model()
+    best = fit(model, *task(model), tmp_path / "unbroken", CONFIG)
+    return model, best, tmp_path / "unbroken"
+
+
+def without_time(best: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in best.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 3, 7, 11])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path: Path, stop_at: int) -> None:
+    folder = tmp_path / "broken"
+    first = new_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, *task(first, stop_at), folder, CONFIG)
+    # a new process starts from other random weights, unless nothing was saved yet
+    second = new_model(0 if stop_at < 3 else 1)
+    best = fit(second, *task(second), folder, CONFIG)
+    model, expected, whole = unbroken
+    assert without_time(best) == without_time(expected)
+    assert same_weights(second, model)
+    assert rows(folder) == rows(whole)
+    last = [torch.load(place / "last.pt", weights_only=True)["model"] for place in (folder, whole)]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[1])
+
+
+@pytest.mark.parametrize("lost", ["last.pt", "best.pt"])
+def test_a_run_killed_while_it_saves_has_each_step_once_in_its_log(
+    unbroken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    folder = tmp_path / "killed"
+    save, calls = loop._save, []
+
+    def killed(content: dict, path: Path) -> None:
+        calls.append(path.name)
+        if calls.count(lost) == 2 and path.name == lost:
+            raise KeyboardInterrupt
+        save(content, path)
+
+    monkeypatch.setattr(loop, "_save", killed)
+    first = new_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(first, *task(first), folder, CONFIG)
+    monkeypatch.undo()
+    second = new_model(1)
+    fit(second, *task(second), folder, CONFIG)
+    assert rows(folder) == rows(unbroken[2])
+    assert same_weights(second, unbroken[0])
+
+
+def test_a_finished_run_is_not_trained_further(unbroken) -> None:
+    model, best, folder = unbroken
+    again = new_model(1)
+
+    def never(step: int) -> Tensor:
+        raise AssertionError(step)
+
+    assert without_time(fit(again, never, lambda: {"score": 1e9}, folder, CONFIG)) == without_time(best)
+    assert same_weights(again, model)
+
+
+def test_the_log_has_every_validation_with_its_rate_and_mean_loss(unbroken) -> None:
+    _, best, folder = unbroken
+    found = rows(folder)
+    assert [float(row["step"]) for row in found] == [3, 6, 9, 12]
+    assert [float(row["rate"]) for row in found] == [rate(step, CONFIG) for step in (2, 5, 8, 11)]
+    assert max(float(row["score"]) for row in found) == best["score"]
+    model, losses = new_model(), []
+    batch_loss, _ = task(model)
+    # the first three losses, by torch's own optimiser at the logged rates
+    groups = [[p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() <= 1]]
+    decay = [CONFIG.weight_decay, 0.0]
+    optimiser = torch.optim.AdamW([{"params": g, "weight_decay": d} for g, d in zip(groups, decay, strict=True)])
+    for step in range(3):
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step, CONFIG)
+        loss = batch_loss(step)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip_norm)
+        optimiser.step()
+        losses.append(loss.item())
+    assert float(found[0]["loss"]) == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+def test_the_rate_warms_up_and_ends_at_the_final_rate() -> None:
+    config = LoopConfig(steps=110, warmup=10, learning_rate=1.0, final_rate=1e-3)
+    assert rate(0, config) == pytest.approx(0.1)
+    assert rate(9, config) == pytest.approx(1.0)
+    assert rate(10, config) == pytest.approx(1.0)
+    assert rate(60, config) == pytest.approx((1 + 1e-3) / 2)
+    assert rate(110, config) == pytest.approx(1e-3)
+    assert all(rate(step, config) > rate(step + 1, config) for step in range(10, 109))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_by_name_and_keeps_the_checkpoint(tmp_path: Path, value: float) -> None:
+    model = new_model()
+    batch_loss, validate = task(model)
+    with pytest.raises(FreqSegError, match=rf"became {value} at step 7.*learning rate"):
+        fit(model, lambda step: batch_loss(step) * (value if step == 7 else 1), validate, tmp_path, CONFIG)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["state"]["step"] == 6
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def scripted(scores: list[float]) -> Callable[[], dict[str, float]]:
+    left = iter(scores)
+    return lambda: {"score": next(left)}
+
+
+def test_it_stops_early_and_ends_with_the_best_weights(tmp_path: Path) -> None:
+    model = new_model()
+    batch_loss, _ = task(model)
+    weights_at: list[dict[str, Tensor]] = []
+    config = LoopConfig(steps=100, validate_every=2, patience=2, warmup=0, learning_rate=0.05)
+
+    def keep(row: dict[str, float]) -> None:
+        weights_at.append({key: value.clone() for key, value in model.state_dict().items()})
+
+    best = fit(model, batch_loss, scripted([0.1, 0.5, 0.3, 0.6, 0.6, 0.2, 0.9]), tmp_path, config, keep)
+    assert best["score"] == 0.6
+    assert best["step"] == 8
+    assert len(weights_at) == 6
+    assert all(torch.equal(value, weights_at[3][key]) for key, value in model.state_dict().items())
+    assert not model.training
+
+
+def test_a_score_that_is_nan_at_first_is_beaten_by_the_next(tmp_path: Path) -> None:
+    model = new_model()
+    batch_loss, _ = task(model)
+    best = fit(model, batch_loss, scripted([float("nan"), 0.2, 0.1, 0.15]), tmp_path, CONFIG)
+    assert best["score"] == 0.2
+
+
+def test_the_last_step_is_validated_where_it_does_not_fall_on_a_multiple(tmp_path: Path) -> None:
+    model = new_model()
+    batch_loss, validate = task(model)
+    fit(model, batch_loss, validate, tmp_path, LoopConfig(steps=5, validate_every=3, warmup=0))
+    assert [float(row["step"]) for row in rows(tmp_path)] == [3, 5]
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    model = new_model()
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    fit(model, *task(model), tmp_path, LoopConfig(steps=3, validate_every=3, learning_rate=0.5))
+    assert torch.equal(model[0].weight, before)
