@@ -12,7 +12,6 @@ import pytest
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory, project_root: Path) -> zipfile.ZipFile:
-    pytest.importorskip("setuptools")
     out = tmp_path_factory.mktemp("wheel")
     code = (
         "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta; "
