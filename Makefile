@@ -3,7 +3,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all lint format bench samples train-lite evaluate clean
+.PHONY: help setup demo test test-all lint format bench pictures samples train-lite evaluate clean
 
 help:
 	@echo "make demo        segment the simulated sample, picture in freqseg-demo/"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench       speed and memory, as ratios of one run"
 	@echo "make evaluate    accuracy on the real test sets (../shared/data or FREQSEG_DATA)"
 	@echo "make train-lite  train the lite preset's aligner again"
+	@echo "make pictures    make the README's pictures again (after make demo and make evaluate)"
 	@echo "make samples     make the simulated sample volumes again"
 
 setup:
@@ -40,6 +41,9 @@ bench: setup
 
 evaluate: setup
 	$(BIN)/freqseg evaluate --markdown build/evaluation.md --csv build/evaluation.csv --overwrite
+
+pictures: setup
+	$(BIN)/python scripts/make_pictures.py
 
 samples: setup
 	$(BIN)/python -m pip install --quiet "nilearn>=0.11"

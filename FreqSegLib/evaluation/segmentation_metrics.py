@@ -7,6 +7,7 @@ empty, DSC and NSD are 0 and HD95 is the image's diagonal, the largest distance 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -83,8 +84,11 @@ def overlap(
         axes = list(range(truth.ndim))[-2:]
     lengths = [float(spacing[axis]) for axis in axes]
     batch = [_batch(mask.reshape([mask.shape[axis] for axis in axes])) for mask in (prediction, truth)]
-    surface = compute_surface_dice(*batch, class_thresholds=[tolerance], include_background=True, spacing=lengths)
-    distance = compute_hausdorff_distance(*batch, include_background=True, percentile=95, spacing=lengths)
+    with warnings.catch_warnings():
+        # MONAI calls a function of its own with an argument it has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        surface = compute_surface_dice(*batch, class_thresholds=[tolerance], include_background=True, spacing=lengths)
+        distance = compute_hausdorff_distance(*batch, include_background=True, percentile=95, spacing=lengths)
     return Overlap(dice(prediction, truth), float(surface), float(distance))
 
 
