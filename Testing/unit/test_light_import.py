@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "FreqSegLib"
 
 # The rooms of the house from the ground up; a module may import its own storey and those below.
 ROOMS = ("clip", "saliency", "interaction", "sam", "mamba", "fusion")
-PIPELINES = ("loading", "text_segmentation", "spectral_segmentation", "volume_fusion")
+PIPELINES = ("loading", "text_results", "text_stages", "text_segmentation", "spectral_segmentation", "volume_fusion")
 ABOVE = ("training", "evaluation", "sheet")
 TOP = ("cli", "worker", "__main__")
 
@@ -101,7 +101,7 @@ def module_name(path: Path) -> str:
 def test_the_package_was_found() -> None:
     assert len(SOURCES) > 30
     assert storey("FreqSegLib.slices") < storey("FreqSegLib.sam.refine") < storey("FreqSegLib.text_segmentation")
-    assert "FreqSegLib.sam.refine" in imports_of(PACKAGE / "text_segmentation.py")
+    assert "FreqSegLib.sam.refine" in imports_of(PACKAGE / "text_stages.py")
     assert "FreqSegLib.loading" in imports_of(PACKAGE / "text_segmentation.py")
 
 

@@ -127,6 +127,8 @@ def test_sides_and_negations_outweigh_similar_words() -> None:
         found = matcher.match(typed).meaning
         assert found is not None
         assert found is not meaning(other)
+    for typed in ("left hippocampus", "right brain tumour", "upper lungs"):
+        assert matcher.match(typed).meaning is None
     denied = matcher.match("no brain tumour").meaning
     assert denied is None or not denied.is_target
 
