@@ -283,7 +283,7 @@ class _Overview:
     """Three large panels over a strip of small ones, 1600 pixels wide."""
 
     def __init__(self, ratio: float, strip: Sequence[int]) -> None:
-        self.strip = strip
+        self.strip = strip if len(strip) > 1 else ()
         edge, gap = 0.3, 0.2
         self._edge, self._gap = edge, gap
         wide = (16 - 2 * edge - 2 * gap) / 3

@@ -237,7 +237,7 @@ class PromptRun:
             refined = refine_slice(model, embedding, frame, prompts, vote=self.settings.vote)
             mask[index] = refined.mask if refined.mask.any() else coarse[index]
             stage.advance(done)
-        return mask
+        return largest_components_3d(mask, SMALLEST_COMPONENT_SHARE)
 
     def result(
         self,

@@ -45,10 +45,10 @@ def _median_case(target: str) -> tuple[str, float]:
     if not EVALUATION.exists():
         raise SystemExit(f"{EVALUATION} is missing; run: make evaluate")
     with EVALUATION.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["target"] == target and row["dsc"]]
+        rows = [row for row in csv.DictReader(file) if row["prompt"] == target and row["dsc"]]
     rows.sort(key=lambda row: float(row["dsc"]))
     middle = rows[len(rows) // 2]
-    return Path(middle["case"]).name.split(".")[0], float(middle["dsc"])
+    return middle["group"].rpartition("/")[2], float(middle["dsc"])
 
 
 if __name__ == "__main__":
