@@ -54,8 +54,10 @@ class EmbeddingCache:
                 np.save(file, array, allow_pickle=False)
             os.replace(temporary, path)
         except OSError:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            _remove(temporary)
+        except BaseException:
+            _remove(temporary)
+            raise
 
     def make_room(self, keep: Iterable[str]) -> None:
         """Drop the volumes used longest ago until the cache fits; ``keep`` stays whatever its size."""
@@ -115,6 +117,11 @@ def default_gigabytes() -> float:
     if not 0 <= gigabytes < float("inf"):
         raise SettingsError(f"FREQSEG_CACHE_GB must be a number of gigabytes, 0 or more, got '{given}'.")
     return gigabytes
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _size(folder: Path) -> int:

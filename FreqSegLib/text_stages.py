@@ -188,18 +188,23 @@ class PromptRun:
         assert s.threshold_value is not None
         assert s.confidence_threshold is not None
         assert s.num_contours is not None
-        candidates = np.zeros(saliency.shape, dtype=bool)
-        for index in np.flatnonzero(present.passed.numpy()):
-            candidates[index] = ~surrounding_background(self.prepared.image(int(index)))
         found = coarse_mask(
             saliency,
-            candidates,
+            self.places(present),
             threshold=s.threshold,
             value=s.threshold_value,
             confidence_threshold=s.confidence_threshold,
             num_contours=s.num_contours,
         )
         return largest_components_3d(found, SMALLEST_COMPONENT_SHARE)
+
+    def places(self, present: Presence) -> NDArray[np.bool_]:
+        """Where the target may be, (S, h, w): in slices that passed the gate, outside the air around the patient."""
+        stack = self.prepared.stack
+        found = np.zeros((stack.count, *stack.slice_shape), dtype=bool)
+        for index in np.flatnonzero(present.passed.numpy()):
+            found[index] = ~surrounding_background(self.prepared.image(int(index)))
+        return found
 
     def visual_prompts(self, coarse: NDArray[np.bool_], saliency: NDArray[np.float32]) -> dict[int, list[VisualPrompt]]:
         """Prompts of every slice that is not empty."""

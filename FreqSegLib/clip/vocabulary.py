@@ -90,10 +90,11 @@ MEANINGS: tuple[Meaning, ...] = (
             "FLAIR MRI showing a brain tumor",
             "intracranial tumor mass",
             "brain neoplasm",
+            "brain mass",
         ),
         (
             "glial tumour of the brain",
-            "brain mass",
+            "mass lesion in the brain",
             "low grade glioma tumor",
             "an axial MR slice with a cerebral tumor",
         ),

@@ -197,13 +197,15 @@ def default_data_folder() -> Path:
 
 
 def _cases_of(kind: LabelledSet, data: Path, split: Split) -> list[Case]:
-    from FreqSegLib.training.lite_data import split_of
+    from FreqSegLib.training.lite_data import split_of, ultrasound_groups
 
     root = data / "segmentation" / kind.folder / ("test" if split == "test" else "train")
     cases = []
-    for image in sorted((root / kind.images).glob(f"*{kind.image_ending}")):
+    images = sorted((root / kind.images).glob(f"*{kind.image_ending}"))
+    grouped = ultrasound_groups(images) if kind.key == "busi" and split != "test" else {}
+    for image in images:
         name = image.name.removesuffix(kind.image_ending)
-        group = f"{kind.key}/{name}"
+        group = grouped.get(image, f"{kind.key}/{name}")
         if split == "test" or split_of(group) == "validation":
             mask = root / kind.masks / f"{name}{kind.mask_ending}"
             cases.append(Case(group, image, mask, kind.modality, kind.unit))

@@ -56,13 +56,21 @@ def m2ib_information(
     Returns:
         (B, N): KL summed over channels, before the last Adam step, as published.
     """
-    h = tokens.detach()
+    with torch.inference_mode(False), torch.no_grad():
+        # tensors made in a caller's inference mode cannot enter a gradient; copies can
+        h, texts = (x.clone() if x.is_inference() else x.detach() for x in (tokens, texts))
+        return _optimise(suffix, h, texts, seeds, settings)
+
+
+def _optimise(
+    suffix: Callable[[Tensor], Tensor], h: Tensor, texts: Tensor, seeds: Sequence[int], settings: BottleneckSettings
+) -> Tensor:
     alpha = torch.full_like(h, INITIAL_ALPHA).requires_grad_(True)
     adam = _Adam(alpha, settings.learning_rate)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     samples, items = settings.num_noise_samples, len(h)
     information = torch.zeros_like(h)
-    repeated_texts = texts.detach().repeat_interleave(samples, 0)
+    repeated_texts = texts.repeat_interleave(samples, 0)
     with torch.enable_grad():
         for step in range(settings.train_steps):
             keep = torch.sigmoid(alpha)

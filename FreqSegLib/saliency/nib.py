@@ -26,12 +26,12 @@ def nib_contribution(suffix: Callable[[Tensor], Tensor], tokens: Tensor, texts: 
     Returns:
         (B, N), >= 0.
     """
-    # a clone, since a text made in inference mode cannot take part in a gradient
-    h, texts = tokens.detach(), texts.detach().clone()
-    gradient = torch.zeros_like(h)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        # tensors made in a caller's inference mode cannot enter a gradient; copies can
+        h, texts = (x.clone() if x.is_inference() else x.detach() for x in (tokens, texts))
+        gradient = torch.zeros_like(h)
         for step in range(path_steps):
             z = (h * ((step + 0.5) / path_steps)).requires_grad_(True)
             score = (suffix(z) * texts).sum()
             gradient += torch.autograd.grad(score, z)[0]
-    return (h * gradient / path_steps).sum(-1).clamp_min(0)
+        return (h.detach() * gradient / path_steps).sum(-1).clamp_min(0)

@@ -93,7 +93,7 @@ def truth_table(modality: list[str], covered: Tensor, total: Tensor) -> Tensor:
         value = torch.where(present, TRUE, torch.where(absent, FALSE, UNKNOWN)).to(torch.int8)
         table[same, column] = value[same]
         # Harvard's patients may have tumours that no mask shows
-        if statement.modality == "flair" and statement.channels:
+        if statement.modality == "flair":
             table[torch.tensor([m in ("ct", "mr") for m in modality]), column] = UNKNOWN
     return table
 

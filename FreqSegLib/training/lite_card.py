@@ -29,7 +29,8 @@ def _card(r: dict[str, Any]) -> str:
         for name, g in r["gate"].items()
     )
     tuning = "\n".join(
-        f"| {name} | {t['slices']} | {', '.join(f'{k} {v}' for k, v in t['settings'].items())} | {t['coarse_dice']:.3f} |"
+        f"| {name} | {t['cases']} | {', '.join(f'{k} {v}' for k, v in t['settings'].items())} | {t['coarse_dsc']:.3f} "
+        f"| {t['dsc']:.3f} |"
         for name, t in r["tuning"].items()
     )
     return f"""# lite-aligner
@@ -42,8 +43,8 @@ stored in half precision. For research, not for diagnosis.
   masks as outputs. Masks were used to make captions (target present, absent, its side, whole slice or a window of it).
 - **Data**: {r["slices"]["train"]} training and {r["slices"]["validation"]} validation slices (augmented copies of training
   slices included) of LGG FLAIR MR, Shenzhen chest X-rays, BUSI breast ultrasound, Decathlon hippocampus T1 MR, and, for
-  the modality alone, Harvard CT and MR. Split by patient (X-ray and ultrasound: by image; BUSI's training folder holds
-  near-duplicates, so its validation numbers may flatter). Test folders were not touched.
+  the modality alone, Harvard CT and MR. Split by patient (X-ray: by image; ultrasound: by
+  group of near-duplicate images). Test folders were not touched.
 - **LiteMedSAM's own training set may hold some of these images**: its embeddings may have seen validation and test images.
 - **Recipe**: DHN-NCE (temperature {recipe["contrastive"]["temperature"]}, beta {recipe["contrastive"]["beta1"]}), pairs that
   are true of a picture are never its negatives; AdamW {recipe["loop"]["learning_rate"]}, batch
@@ -73,12 +74,14 @@ Threshold by Youden's index on these same slices, so expect a little less elsewh
 | --- | --- | --- | --- | --- | --- | --- |
 {gate}
 
-## Settings chosen on validation slices
+## Settings chosen on validation patients
 
-Dice of the coarse saliency mask on a 32 x 32 grid, before SAM refinement.
+Through the whole pipeline, gate and decoder included: mean DSC a patient (or image) that shows the target, of the
+coarse mask and of what the decoder draws. At most {recipe["tune_cases"]} patients a modality, stacks thinned out to
+{recipe["tune_slices"]} slices. Chosen on these patients, so expect less elsewhere.
 
-| target | slices | settings | coarse Dice |
-| --- | --- | --- | --- |
+| target | patients | settings | coarse DSC | DSC |
+| --- | --- | --- | --- | --- |
 {tuning}
 """
 

@@ -1,17 +1,17 @@
-"""Training slices of the lite aligner: which ones, split by patient, and their tower embeddings cached once.
+"""Training slices of the lite models: which ones, split by patient, and their tower embeddings cached once.
 
 The tower takes about a second a slice on a CPU, the aligner microseconds, so every slice goes through the tower once;
 its embedding (256 x 64 x 64) is averaged to 32 x 32 and kept in half precision (0.5 MB a slice), beside the fraction of
-each cell that every target covers. A run that is stopped goes on where it was.
+each cell that every target covers. Every slice has a file of its own, named by what shaped it: a run that is stopped
+goes on where it was, and another choice of slices computes only those that are new.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from torch import Tensor
 from FreqSegLib.errors import InputError
 from FreqSegLib.intensity import normalise
 from FreqSegLib.slices import Frame, SliceStack
+from FreqSegLib.training.near_duplicates import near_duplicates
 from FreqSegLib.volume import Volume
 
 POOLED_SIDE = 32
 CHANNELS = 2
 VALIDATION_SHARE = 0.15
+# there are few ultrasound images, and the gate is calibrated on the normal ones among them
+VALIDATION_SHARES = {"busi": 0.25}
 FLAIR_PRESENT, FLAIR_ABSENT = 10, 7
-XRAY_COUNT = 260
+HIPPOCAMPUS_PRESENT = 3
 SMALLEST_TARGET = 30
 
 
@@ -70,29 +73,41 @@ class CachedSlices:
 
 
 def split_of(group: str) -> str:
-    """A patient's split, fixed by a hash of its name: about 15 % go to validation."""
-    share = int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
-    return "validation" if share < VALIDATION_SHARE else "train"
+    """A patient's split, fixed by a hash of its name: about 15 % go to validation (ultrasound: 25 %)."""
+    limit = VALIDATION_SHARES.get(group.split("/")[0], VALIDATION_SHARE)
+    return "validation" if _share(group) < limit else "train"
+
+
+def ultrasound_groups(images: Sequence[Path]) -> dict[Path, str]:
+    """Group of every image of BUSI's training folder: near-duplicates belong to the first of their names."""
+    return {image: f"busi/{first.stem}" for image, first in near_duplicates(images).items()}
 
 
 def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
     """Choose at most about 2,500 slices of the training folders, in a shuffled order.
 
+    Every choice about a slice hangs on its own name and the seed, so that more or fewer images change no other slice.
+
     Args:
         data: folder with ``segmentation/`` and ``fusion/`` (see its README).
         seed: of the choice and of the augmentations.
+
+    Raises:
+        InputError: there are no training images.
     """
     if not (data / "segmentation").is_dir():
         raise InputError(f"'{data}' holds no training images (no folder 'segmentation'); set FREQSEG_DATA.")
-    rng = np.random.default_rng(seed)
     chosen: list[TrainingSlice] = []
 
-    def add(image: Path, mask: Path | None, modality: str, group: str, index: int, copies: int = 0) -> None:
+    def add(image: Path, mask: Path | None, modality: str, group: str, index: int, copies: float = 0) -> None:
         split = split_of(group)
-        relative = [str(path.relative_to(data)) if path else None for path in (image, mask)]
-        assert relative[0] is not None
-        for augment in [None, *[int(rng.integers(1 << 30)) for _ in range(copies if split == "train" else 0)]]:
-            chosen.append(TrainingSlice(relative[0], relative[1], modality, group, split, index, augment))
+        relative, labels = (path.relative_to(data).as_posix() if path else None for path in (image, mask))
+        assert relative is not None
+        wanted = 0
+        if split == "train":
+            wanted = int(copies) + (_share("copy", seed, relative, index) < copies % 1)
+        for augment in [None, *(_number("augment", seed, relative, index, copy) % (1 << 30) for copy in range(wanted))]:
+            chosen.append(TrainingSlice(relative, labels, modality, group, split, index, augment))
 
     for image in sorted((data / "segmentation/lgg_flair/train").glob("*_flair.nii.gz")):
         mask = image.with_name(image.name.replace("_flair.nii", "_mask.nii"))
@@ -101,22 +116,14 @@ def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
         head = stack.reshape(len(stack), -1).mean(1) > 0.15 * stack.reshape(len(stack), -1).mean(1).max()
         for indices, count in ((area >= SMALLEST_TARGET, FLAIR_PRESENT), ((area == 0) & head, FLAIR_ABSENT)):
             for index in _spread(np.flatnonzero(indices), count):
-                add(image, mask, "flair", f"lgg/{image.name[:12]}", int(index), copies=int(rng.random() < 0.35))
+                add(image, mask, "flair", f"lgg/{image.name[:12]}", int(index), copies=0.35)
 
-    xrays = sorted((data / "segmentation/cxr_lungs/train/images").glob("*.png"))
-    for number in sorted(rng.permutation(len(xrays))[:XRAY_COUNT]):
-        image = xrays[number]
-        add(
-            image,
-            image.parents[1] / "masks" / image.name,
-            "xray",
-            f"cxr/{image.stem}",
-            0,
-            copies=int(rng.random() < 0.35),
-        )
+    for image in sorted((data / "segmentation/cxr_lungs/train/images").glob("*.png")):
+        add(image, image.parents[1] / "masks" / image.name, "xray", f"cxr/{image.stem}", 0)
 
-    for image in sorted((data / "segmentation/busi/train/images").glob("*.png")):
-        add(image, image.parents[1] / "masks" / image.name, "ultrasound", f"busi/{image.stem}", 0, copies=2)
+    scans = sorted((data / "segmentation/busi/train/images").glob("*.png"))
+    for image, group in ultrasound_groups(scans).items():
+        add(image, image.parents[1] / "masks" / image.name, "ultrasound", group, 0, copies=2)
 
     for image in sorted((data / "segmentation/hippocampus/train/images").glob("*.nii.gz")):
         mask = image.parents[1] / "labels" / image.name
@@ -124,16 +131,15 @@ def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
         area = truth.reshape(len(truth), -1).sum(1)
         group = f"hippocampus/{image.name.split('.')[0]}"
         present, absent = np.flatnonzero(area >= 10), np.flatnonzero(area == 0)
-        for index in rng.permutation(present)[:2]:
-            add(image, mask, "t1", group, int(index), copies=int(rng.random() < 0.15))
-        if len(absent) and rng.random() < 0.6:
-            add(image, mask, "t1", group, int(rng.choice(absent)))
+        for index in _shuffled(present, seed, group)[:HIPPOCAMPUS_PRESENT]:
+            add(image, mask, "t1", group, int(index), copies=0.15)
+        if len(absent) and _share("absent", seed, group) < 0.6:
+            add(image, mask, "t1", group, int(_shuffled(absent, seed, group)[0]))
 
     for folder, modality in (("CT", "ct"), ("MRI", "mr")):
-        images = sorted((data / "fusion/harvard_ct_mri" / folder).glob("*.png"))
-        for image in images[::2]:
+        for image in sorted((data / "fusion/harvard_ct_mri" / folder).glob("*.png"))[::2]:
             add(image, None, modality, f"harvard/{image.stem[:-3]}", 0)
-    return [chosen[i] for i in rng.permutation(len(chosen))]
+    return sorted(chosen, key=lambda item: _number("order", seed, item.image, item.index, item.augment))
 
 
 def cache(
@@ -143,53 +149,65 @@ def cache(
     slices: Sequence[TrainingSlice],
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill ``folder`` with the slices' pooled embeddings; slices already there are kept.
+    """Fill ``folder`` with the slices' pooled embeddings, a file each; those already there are kept.
 
     Args:
         data: the images' folder.
-        folder: the cache: ``plan.json``, ``embeddings.npy``, ``coverage.npy``, ``visible.npy``,
-            ``done.npy`` and what each slice took, ``seconds.npy``.
+        folder: the cache; a file holds ``embedding``, ``coverage``, ``visible`` and the ``seconds`` it took.
         embed: (1, 3, 256, 256) in [0, 1] -> (1, 256, 64, 64).
         slices: the plan.
         progress: called with (done, total).
-
-    Raises:
-        InputError: the folder holds the cache of another plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan_file = folder / "plan.json"
-    described = json.dumps([asdict(item) for item in slices])
-    if plan_file.exists() and plan_file.read_text(encoding="utf-8") != described:
-        raise InputError(f"'{folder}' holds the embeddings of another plan; remove it or name another folder.")
-    plan_file.write_text(described, encoding="utf-8")
-    total = len(slices)
-    embeddings = _array(folder / "embeddings.npy", (total, 256, POOLED_SIDE, POOLED_SIDE), np.float16)
-    coverage = _array(folder / "coverage.npy", (total, CHANNELS, POOLED_SIDE, POOLED_SIDE), np.float16)
-    visible = _array(folder / "visible.npy", (total, POOLED_SIDE, POOLED_SIDE), np.bool_)
-    done = _array(folder / "done.npy", (total,), np.bool_)
-    seconds = _array(folder / "seconds.npy", (total,), np.float32)
-    for number, item in enumerate(slices):
-        if not done[number]:
+    for number, item in enumerate(slices, start=1):
+        path = cache_file(folder, item)
+        if not path.exists():
             started = time.monotonic()
             image, masks, valid = load(data, item)
             with torch.inference_mode():
                 pooled = F.avg_pool2d(embed(image.expand(-1, 3, -1, -1)), 2)
-            embeddings[number] = pooled[0].half().numpy()
             side = image.shape[-1] // POOLED_SIDE
-            coverage[number] = F.avg_pool2d(masks, side)[0].half().numpy()
-            visible[number] = (F.avg_pool2d(valid, side)[0, 0] > 0.5).numpy()
-            seconds[number] = time.monotonic() - started
-            done[number] = True
+            temporary = path.with_suffix(".part")
+            with temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    embedding=pooled[0].half().numpy(),
+                    coverage=F.avg_pool2d(masks, side)[0].half().numpy(),
+                    visible=(F.avg_pool2d(valid, side)[0, 0] > 0.5).numpy(),
+                    seconds=np.float32(time.monotonic() - started),
+                )
+            temporary.replace(path)
         if progress:
-            progress(number + 1, total)
+            progress(number, len(slices))
 
 
-def read_cache(folder: Path) -> CachedSlices:
-    """The finished part of a cache."""
-    slices = [TrainingSlice(**item) for item in json.loads((folder / "plan.json").read_text(encoding="utf-8"))]
-    done = np.flatnonzero(np.load(folder / "done.npy"))
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r")[done] for name in ("embeddings", "coverage", "visible")]
-    return CachedSlices(tuple(slices[i] for i in done), *arrays)
+def cache_file(folder: Path, item: TrainingSlice) -> Path:
+    """Where a slice's embedding is kept; the name follows from everything that shapes the contents."""
+    shaped = (item.image, item.mask, item.modality, item.index, item.augment)
+    return folder / f"{hashlib.sha256(repr(shaped).encode()).hexdigest()[:32]}.npz"
+
+
+def read_cache(folder: Path, slices: Sequence[TrainingSlice]) -> CachedSlices:
+    """Those of ``slices`` that are in the cache, in their order."""
+    found = [item for item in slices if cache_file(folder, item).exists()]
+    count, side = len(found), POOLED_SIDE
+    embeddings = np.empty((count, 256, side, side), dtype=np.float16)
+    coverage = np.empty((count, CHANNELS, side, side), dtype=np.float16)
+    visible = np.empty((count, side, side), dtype=np.bool_)
+    for row, item in enumerate(found):
+        with np.load(cache_file(folder, item)) as kept:
+            embeddings[row], coverage[row], visible[row] = kept["embedding"], kept["coverage"], kept["visible"]
+    return CachedSlices(tuple(found), embeddings, coverage, visible)
+
+
+def seconds_and_bytes(folder: Path, slices: Sequence[TrainingSlice]) -> tuple[float, int]:
+    """What the slices' embeddings took to compute, and the disk they fill."""
+    files = [cache_file(folder, item) for item in slices]
+    seconds = 0.0
+    for file in files:
+        with np.load(file) as kept:
+            seconds += float(kept["seconds"])
+    return seconds, sum(file.stat().st_size for file in files)
 
 
 def load(data: Path, item: TrainingSlice, size: int = 256) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,7 +276,14 @@ def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
 
 
-def _array(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    if path.exists():
-        return np.load(path, mmap_mode="r+")
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+def _shuffled(indices: NDArray[np.int64], seed: int, name: str) -> NDArray[np.int64]:
+    return indices[np.random.default_rng(_number("shuffle", seed, name)).permutation(len(indices))]
+
+
+def _number(*described: object) -> int:
+    return int(hashlib.sha256("|".join(map(str, described)).encode()).hexdigest()[:8], 16)
+
+
+def _share(*described: object) -> float:
+    """A number in [0, 1] that follows from what is described."""
+    return _number(*described) / 0xFFFFFFFF

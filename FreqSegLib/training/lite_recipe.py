@@ -7,21 +7,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from FreqSegLib import weights
 from FreqSegLib.clip.aligner import Aligner
+from FreqSegLib.clip.lite_encoder import LiteEncoder
 from FreqSegLib.clip.mini_lm import MiniLM
 from FreqSegLib.clip.questions import null_prompts
 from FreqSegLib.clip.vocabulary import Meaning, targets
+from FreqSegLib.embedding_cache import EmbeddingCache
+from FreqSegLib.evaluation.cases import chosen_cases, list_cases
+from FreqSegLib.presets import Tuning, preset
 from FreqSegLib.saliency.gate import margins
 from FreqSegLib.sam.lite_medsam import LiteMedSAM
+from FreqSegLib.text_segmentation import TextSegmenter
 from FreqSegLib.training.contrastive import FALSE, TRUE, ContrastiveConfig, PhaseOne, statements, truth_table
 from FreqSegLib.training.lite_card import LICENCE, write_card
-from FreqSegLib.training.lite_data import CachedSlices, cache, plan, read_cache
+from FreqSegLib.training.lite_data import CachedSlices, cache, plan, read_cache, seconds_and_bytes
 from FreqSegLib.training.lite_tuning import tune
 from FreqSegLib.training.loop import LoopConfig, fit
 
@@ -173,16 +178,7 @@ def _accuracy(scores: Tensor, table: Tensor) -> float:
 
 def write_preset_file(folder: Path, reports: dict[str, GateReport], settings: dict[str, dict[str, object]]) -> Path:
     """``preset.json`` beside the weights: tuned settings and the gate's calibration, by meaning."""
-    tuning = {
-        name: {
-            "settings": settings.get(name, {}),
-            "slope": round(report.slope, 4),
-            "offset": round(report.offset, 5),
-            "slice_threshold": round(report.slice_threshold, 4),
-            "volume_threshold": round(report.slice_threshold, 4),
-        }
-        for name, report in reports.items()
-    }
+    tuning = {name: asdict(_tuning(report, settings.get(name, {}))) for name, report in reports.items()}
     path = folder / "preset.json"
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps({"tuning": tuning}, indent=1) + "\n", encoding="utf-8")
@@ -190,17 +186,10 @@ def write_preset_file(folder: Path, reports: dict[str, GateReport], settings: di
     return path
 
 
-class Stopwatch:
-    """Seconds by stage, for the card."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = now - self._started
-        self._started = now
+def _tuning(report: GateReport, settings: dict[str, object] | None = None) -> Tuning:
+    """As it is written: rounded."""
+    threshold = round(report.slice_threshold, 4)
+    return Tuning(settings or {}, round(report.slope, 4), round(report.offset, 5), threshold, threshold)
 
 
 @dataclass(frozen=True)
@@ -210,13 +199,15 @@ class LiteRecipe:
     Attributes:
         seed: of the plan, the start and every batch.
         loop, contrastive: see there.
-        tune_slices: validation slices a target that choose its settings.
+        tune_cases: validation patients a modality (at most) that choose their targets' settings.
+        tune_slices: longer stacks are thinned out to so many of their slices for that.
     """
 
     seed: int = 0
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, validate_every=50, patience=8))
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    tune_slices: int = 24
+    tune_cases: int = 14
+    tune_slices: int = 14
 
 
 def train_lite(
@@ -239,7 +230,6 @@ def train_lite(
         The folder of the weights.
     """
     recipe = recipe or LiteRecipe()
-    clock = Stopwatch()
     slices = plan(data, recipe.seed)
     tower = LiteMedSAM.from_checkpoint(weights.require("litemedsam") / "lite_medsam.pth")
     text = MiniLM(weights.require("minilm"))
@@ -248,9 +238,8 @@ def train_lite(
         if done % 50 == 0 or done == total:
             report(f"embeddings {done}/{total}")
 
-    cache(data, work / "cache", tower.embed, slices, told)
-    clock.lap("cache")
-    cached = read_cache(work / "cache")
+    cache(data, work / "slices", tower.embed, slices, told)
+    cached = read_cache(work / "slices", slices)
     torch.manual_seed(recipe.seed)
     model = Aligner()
     phase = PhaseOne(model, cached, sentence_vectors(text), recipe.contrastive, recipe.seed)
@@ -259,7 +248,7 @@ def train_lite(
         report("  ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
     best = fit(model, phase.batch_loss, phase.validate, work / "run", recipe.loop, row)
-    clock.lap("train")
+    started = time.monotonic()
     folder = models / "lite-aligner"
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "aligner.safetensors", {"licence": LICENCE})
@@ -272,10 +261,20 @@ def train_lite(
 
     rows = list(phase.validation_rows)
     reports = calibrate(model, cached, rows, encode_text)
-    chosen = tune(model, cached, rows, encode_text, recipe.tune_slices, report)
-    clock.lap("calibrate and tune")
     accuracy = held_out_accuracy(phase, encode_text)
+    cases = chosen_cases(list_cases(data, "train-validation", most_slices=recipe.tune_slices), recipe.tune_cases)
+    with TemporaryDirectory(dir=work) as temporary:
+        segmenter = TextSegmenter(
+            LiteEncoder(tower, model, text),
+            tower,
+            preset("lite"),
+            weights_key="tuning",
+            tuning={name: _tuning(value) for name, value in reports.items()},
+            cache=EmbeddingCache(Path(temporary)),
+        )
+        chosen = tune(segmenter, cases, report)
     write_preset_file(folder, reports, {name: result.settings for name, result in chosen.items()})
+    seconds, size = seconds_and_bytes(work / "slices", slices)
     results = {
         "recipe": asdict(recipe),
         "slices": {split: len(cached.subset(split)) for split in ("train", "validation")},
@@ -285,11 +284,11 @@ def train_lite(
         "gate": {name: asdict(value) for name, value in reports.items()},
         "tuning": {name: asdict(value) for name, value in chosen.items()},
         "seconds": {
-            **clock.seconds,
-            "cache": float(np.load(work / "cache" / "seconds.npy").sum()),
+            "cache": seconds,
             "train": best["seconds"],
+            "calibrate and tune": time.monotonic() - started,
         },
-        "cache_bytes": sum(path.stat().st_size for path in (work / "cache").glob("*.npy")),
+        "cache_bytes": size,
         "threads": torch.get_num_threads(),
     }
     (work / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

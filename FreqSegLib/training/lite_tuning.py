@@ -1,148 +1,233 @@
-"""Choose the lite preset's saliency settings a target, on validation slices alone.
+"""Choose the lite preset's settings a target on validation patients, through the whole pipeline, decoder included.
 
-The cached, pooled embeddings suffice: every candidate's coarse mask is compared with the target's coverage on the
-32 x 32 grid. One threshold serves all slices of a target, as it serves all slices of a volume in use.
+Every way to ask and look (contrast or plain prompt, NIB or M2IB) gives one saliency a case. Rules that turn it into a
+coarse mask are ranked by the DSC of that mask on a thinned grid; the best few of all ways are drawn by the decoder, and
+the DSC of what it draws decides, a volume or image at a time, as ``freqseg evaluate`` counts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from FreqSegLib.clip.aligner import Aligner
-from FreqSegLib.clip.questions import apart_from_contrasts
+from FreqSegLib.clip.prompts import MatchedPrompt
 from FreqSegLib.clip.vocabulary import Meaning, targets
-from FreqSegLib.saliency.m2ib import BottleneckSettings, m2ib_information
-from FreqSegLib.saliency.nib import nib_contribution
+from FreqSegLib.evaluation.cases import Case
+from FreqSegLib.evaluation.segmentation_metrics import dice
+from FreqSegLib.presets import Tuning
+from FreqSegLib.saliency.gate import Presence
 from FreqSegLib.sam.coarse_mask import coarse_mask
-from FreqSegLib.settings import Threshold
-from FreqSegLib.training.contrastive import TRUE, statements, truth_table
-from FreqSegLib.training.lite_data import POOLED_SIDE, CachedSlices
+from FreqSegLib.settings import TextSegmentationSettings
+from FreqSegLib.text_segmentation import TextSegmenter
+from FreqSegLib.text_stages import PreparedVolume, PromptRun
 
-BETAS = (0.1, 1.0, 3.0)
-FIXED_THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
-RULES: tuple[tuple[Threshold, float], ...] = (("otsu", 0.5), ("kmeans", 0.5), *(("fixed", v) for v in FIXED_THRESHOLDS))
-CONFIDENCES = (0.0, 0.3, 0.5)
-# a rule that adapts to the volume is preferred to a fixed number that is barely better on a few slices
-FIXED_BONUS_NEEDED = 0.02
+Settings = dict[str, Any]
+
+LOOKS: tuple[Settings, ...] = (
+    {"bottleneck": "nib"},
+    {"bottleneck": "m2ib", "beta": 0.1},
+    {"bottleneck": "m2ib", "beta": 3.0},
+)
+THRESHOLDS: tuple[Settings, ...] = (
+    {"threshold": "otsu"},
+    {"threshold": "kmeans"},
+    *({"threshold": "fixed", "threshold_value": round(0.1 * i, 1)} for i in range(1, 10)),
+)
+CONFIDENCES = (0.0, 0.5)
+CONTOURS = (0, 1, 2)
+PROMPT_KINDS = ("box", "points", "boxes+points")
+DRAWN, DRAWN_A_LOOK = 10, 3
+RANKING_SIDE = 72
+# what adapts to the volume, and what is faster, is preferred to what is barely better on a few patients
+FIXED_COSTS, M2IB_COSTS = 0.01, 0.01
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was chosen for one target, its Dice on the 32 x 32 grid, and the slices that decided.
+    """What was chosen for one target.
 
     Attributes:
         settings: fields of ``TextSegmentationSettings``.
-        coarse_dice: mean over the slices.
-        tried: Dice of the best threshold of every bottleneck.
-        slices: how many.
+        dsc: mean over the cases that hold the target, after the decoder.
+        coarse_dsc: of the same settings' coarse mask, on a thinned grid.
+        tried: best DSC of every way to ask and look.
+        cases: how many decided.
     """
 
-    settings: dict[str, object]
-    coarse_dice: float
+    settings: Settings
+    dsc: float
+    coarse_dsc: float
     tried: dict[str, float]
-    slices: int
+    cases: int
+
+
+@dataclass
+class _Looked:
+    """One case, looked at in one way; ``thin`` has saliency, places and truth with fewer rows and columns."""
+
+    run: PromptRun
+    saliency: NDArray[np.float32]
+    present: Presence
+    truth: NDArray[np.bool_]
+    thin: tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
+    drawn: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    look: Settings
+    rule: Settings
+    coarse_dsc: float
+
+    @property
+    def settings(self) -> Settings:
+        return {**self.look, **self.rule}
+
+    @property
+    def handicap(self) -> float:
+        return FIXED_COSTS * (self.rule["threshold"] == "fixed") + M2IB_COSTS * (self.look["bottleneck"] == "m2ib")
 
 
 def tune(
-    model: Aligner,
-    data: CachedSlices,
-    rows: Sequence[int],
-    encode_text: Callable[[Sequence[str]], Tensor],
-    slices: int,
+    segmenter: TextSegmenter,
+    cases: Sequence[Case],
     report: Callable[[str], None],
 ) -> dict[str, Tuned]:
-    """Settings of every target from at most ``slices`` of the validation slices ``rows`` that show it."""
-    found = {}
-    total = torch.from_numpy(data.coverage[list(rows)]).float().sum((2, 3))
-    table = truth_table([data.slices[i].modality for i in rows], total, total)
-    names = [s.name for s in statements()]
-    for target in targets():
-        shown = [row for row, said in zip(rows, table[:, names.index(target.name)], strict=True) if said == TRUE]
-        chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, min(slices, len(shown))).round().astype(int)]
-        if chosen:
-            found[target.name] = _tune_one(model, data, chosen, target, encode_text)
-            report(f"{target.name}: {found[target.name].settings}, coarse Dice {found[target.name].coarse_dice:.3f}")
-    return found
+    """Settings of every target.
+
+    Args:
+        segmenter: the lite preset with the new weights, its gate calibrated.
+        cases: labelled validation patients.
+        report: where lines of progress go.
+
+    Returns:
+        By the target's name; without validation cases a target keeps the preset's own settings.
+    """
+    chosen: dict[str, Tuned] = {}
+    for meaning in targets():
+        found = _tune_one(segmenter, meaning, [case for case in cases if case.modality == meaning.modality])
+        if found is not None:
+            chosen[meaning.name] = found
+            report(f"{meaning.name}: DSC {found.dsc:.3f} (coarse {found.coarse_dsc:.3f}) with {found.settings}")
+    return chosen
 
 
-def _tune_one(
-    model: Aligner,
-    data: CachedSlices,
-    rows: Sequence[int],
-    target: Meaning,
-    encode_text: Callable[[Sequence[str]], Tensor],
-) -> Tuned:
-    truth = data.coverage[list(rows)].astype(np.float32)[:, list(target.channels)].sum(1) > 0.5
-    tried: dict[str, float] = {}
-    best: tuple[float, dict[str, object]] | None = None
+def _tune_one(segmenter: TextSegmenter, meaning: Meaning, cases: Sequence[Case]) -> Tuned | None:
+    prepared = list(_prepared(segmenter, meaning, cases))
+    if not prepared:
+        return None
+    candidates: list[_Candidate] = []
+    looked: dict[str, list[_Looked]] = {}
     for contrast in (True, False):
-        text = encode_text([target.name])[0]
-        if contrast:
-            text = apart_from_contrasts(text, target, encode_text)
-        for bottleneck, beta in (*(("m2ib", beta) for beta in BETAS), ("nib", None)):
-            saliency = _saliency(model, data, rows, text, beta)
-            score, threshold = _best_threshold(saliency, truth)
-            tried[f"{bottleneck}{'' if beta is None else f' beta {beta}'}{' contrast' if contrast else ''}"] = score
-            settings = {"bottleneck": bottleneck, "contrast": contrast, **threshold}
-            if beta is not None:
-                settings["beta"] = beta
-            if best is None or score > best[0]:
-                best = (score, settings)
-    assert best is not None
-    return Tuned(best[1], best[0], tried, len(rows))
+        for look in ({**look, "contrast": contrast} for look in LOOKS):
+            seen = [_look(segmenter, meaning, volume, truth, look) for volume, truth in prepared]
+            looked[str(look)] = seen
+            ranked = sorted((_coarse(seen, look, rule) for rule in _rules()), key=_rank)
+            candidates += ranked[:DRAWN_A_LOOK]
+    scored: list[tuple[float, _Candidate]] = []
+    tried: dict[str, float] = {}
+    for candidate in sorted(candidates, key=_rank)[:DRAWN]:
+        seen = looked[str(candidate.look)]
+        options = [candidate]
+        score = _drawn(seen, candidate.settings)
+        if not scored or score > max(s for s, _ in scored) - 0.05:
+            kinds = ({**candidate.rule, "prompt_kind": kind} for kind in PROMPT_KINDS)
+            options += [replace(candidate, rule=rule) for rule in kinds]
+        for option in options:
+            score = _drawn(seen, option.settings)
+            scored.append((score, option))
+            name = _name(option.look)
+            tried[name] = max(score, tried.get(name, 0.0))
+    score, best = max(scored, key=lambda pair: pair[0] - pair[1].handicap)
+    return Tuned(best.settings, score, best.coarse_dsc, tried, len(prepared))
 
 
-def _saliency(
-    model: Aligner, data: CachedSlices, rows: Sequence[int], text: Tensor, beta: float | None
-) -> NDArray[np.float32]:
-    """(len(rows), 32, 32) in [0, 1] over all slices together."""
-    depth, grid = model.config.depth, model.config.grid
-    maps = []
-    for row in rows:
-        with torch.no_grad():
-            tokens = model.prefix(torch.from_numpy(data.embeddings[[row]]).float(), depth)
-
-        def suffix(z: Tensor) -> Tensor:
-            return model.suffix(z, depth)
-
-        if beta is None:
-            maps.append(nib_contribution(suffix, tokens, text[None]))
-        else:
-            maps.append(m2ib_information(suffix, tokens, text[None], [row], BottleneckSettings(beta=beta)))
-    places = torch.cat(maps).view(-1, 1, grid, grid)
-    values = F.interpolate(places, size=(POOLED_SIDE, POOLED_SIDE), mode="bilinear")[:, 0].numpy()
-    return (values - values.min()) / max(float(values.max() - values.min()), 1e-12)
+def _prepared(
+    segmenter: TextSegmenter, meaning: Meaning, cases: Sequence[Case]
+) -> Iterator[tuple[PreparedVolume, NDArray[np.bool_]]]:
+    """Cases that hold the target, through the tower; the truth (S, h, w) as the slices are shown."""
+    for case in cases:
+        labelled = case.read()
+        truth = labelled.truth(meaning.name)
+        if truth.any():
+            volume = segmenter.set_volume(labelled.volume)
+            yield volume, np.array(volume.stack.displayed(truth))
 
 
-def _best_threshold(saliency: NDArray[np.float32], truth: NDArray[np.bool_]) -> tuple[float, dict[str, object]]:
-    everywhere = np.ones(len(saliency), dtype=bool)
-    options: list[tuple[float, dict[str, object]]] = []
-    for confidence in CONFIDENCES:
-        for rule, value in RULES:
-            mask = coarse_mask(
-                saliency,
-                everywhere,
-                threshold=rule,
-                value=value,
-                confidence_threshold=confidence,
-            )
-            settings: dict[str, object] = {"threshold": rule, "confidence_threshold": confidence}
-            if rule == "fixed":
-                settings["threshold_value"] = value
-            penalty = FIXED_BONUS_NEEDED if rule == "fixed" else 0.0
-            options.append((_dice(mask, truth) - penalty, settings))
-    score, settings = max(options, key=lambda option: option[0])
-    return score + (FIXED_BONUS_NEEDED if settings["threshold"] == "fixed" else 0.0), settings
+def _look(
+    segmenter: TextSegmenter, meaning: Meaning, volume: PreparedVolume, truth: NDArray[np.bool_], look: Settings
+) -> _Looked:
+    prompt = MatchedPrompt(meaning.name, meaning, 1.0)
+    run = _run(segmenter, volume, prompt, look)
+    text, nulls = run.texts()
+    present = run.gate(text, nulls)
+    saliency, _ = run.fuse(run.saliency(run.question(text), present), present)
+    step = max(1, -(-max(truth.shape[1:]) // RANKING_SIDE))
+    thin = (
+        saliency[:, ::step, ::step].copy(),
+        run.places(present)[:, ::step, ::step].copy(),
+        truth[:, ::step, ::step].copy(),
+    )
+    return _Looked(run, saliency, present, truth, thin)
 
 
-def _dice(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    both = 2.0 * (mask & truth).sum((1, 2))
-    size = mask.sum((1, 2)) + truth.sum((1, 2))
-    return float(np.mean(both / np.maximum(size, 1)))
+def _run(segmenter: TextSegmenter, volume: PreparedVolume, prompt: MatchedPrompt, settings: Settings) -> PromptRun:
+    assert prompt.meaning is not None
+    tuning = segmenter.tuning.get(prompt.meaning.name, Tuning())
+    complete = segmenter.preset.complete(TextSegmentationSettings(**settings))
+    return PromptRun(segmenter, volume, prompt, complete, tuning, None, None)
+
+
+def _rules() -> list[Settings]:
+    return [
+        {**threshold, "confidence_threshold": confidence, "num_contours": contours}
+        for threshold in THRESHOLDS
+        for confidence in CONFIDENCES
+        for contours in CONTOURS
+    ]
+
+
+def _rank(candidate: _Candidate) -> float:
+    return candidate.handicap - candidate.coarse_dsc
+
+
+def _coarse(seen: Sequence[_Looked], look: Settings, rule: Settings) -> _Candidate:
+    scores = []
+    for one in seen:
+        saliency, places, truth = one.thin
+        mask = coarse_mask(
+            saliency,
+            places,
+            threshold=rule["threshold"],
+            value=rule.get("threshold_value", 0.5),
+            confidence_threshold=rule["confidence_threshold"],
+            num_contours=rule["num_contours"],
+        )
+        scores.append(2 * int((mask & truth).sum()) / max(int(mask.sum()) + int(truth.sum()), 1))
+    return _Candidate(look, rule, float(np.mean(scores)))
+
+
+def _drawn(seen: Sequence[_Looked], settings: Settings) -> float:
+    """Mean DSC after the decoder; what was drawn once is kept."""
+    scores = []
+    for one in seen:
+        key = str(settings)
+        if key not in one.drawn:
+            run = _with(one, settings)
+            coarse = run.coarse(one.saliency, one.present)
+            one.drawn[key] = run.refine(coarse, run.visual_prompts(coarse, one.saliency))
+        scores.append(dice(one.drawn[key], one.truth))
+    return float(np.mean(scores))
+
+
+def _with(one: _Looked, settings: Settings) -> PromptRun:
+    return _run(one.run.owner, one.run.prepared, one.run.prompt, settings)
+
+
+def _name(look: Settings) -> str:
+    beta = f" beta {look['beta']}" if "beta" in look else ""
+    return f"{look['bottleneck']}{beta}{' contrast' if look['contrast'] else ''}"

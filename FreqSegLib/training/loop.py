@@ -46,6 +46,7 @@ def fit(
     folder: Path,
     config: LoopConfig,
     report: Callable[[dict[str, float]], None] | None = None,
+    schedule: Callable[[int], float] | None = None,
 ) -> dict[str, float]:
     """Train ``model``; it ends with the best validated weights.
 
@@ -56,6 +57,7 @@ def fit(
         folder: gets ``last.pt`` (resume), ``best.pt`` and ``log.csv``.
         config: see LoopConfig.
         report: called with every logged row.
+        schedule: step -> learning rate, in place of the warm-up and cosine of ``config``.
 
     Returns:
         The best row.
@@ -80,10 +82,11 @@ def fit(
         _keep_rows(log, state["step"])
     started = time.monotonic() - state["seconds"]
     running: list[float] = []
+    rate_at = schedule or (lambda step: rate(step, config))
     while state["step"] < config.steps and state["stale"] < config.patience:
         step = state["step"]
         for group in optimiser.param_groups:
-            group["lr"] = rate(step, config)
+            group["lr"] = rate_at(step)
         model.train()
         loss = batch_loss(step)
         if not torch.isfinite(loss):
@@ -100,7 +103,7 @@ def fit(
             model.eval()
             row = {
                 "step": float(step + 1),
-                "rate": rate(step, config),
+                "rate": rate_at(step),
                 "loss": sum(running) / len(running),
                 **validate(),
             }

@@ -93,7 +93,7 @@ def test_of_another_modality_nothing_is_true_but_its_own_name() -> None:
 def test_nobody_marked_tumours_in_the_other_brain_pictures() -> None:
     for modality in ("ct", "mr"):
         found = truth(modality, (0.0, 0.0), (0.0, 0.0))
-        assert found["brain tumour"] == UNKNOWN
+        assert found["brain tumour"] == found["no brain tumour"] == UNKNOWN
         assert found[MODALITIES[modality].name] == TRUE
         assert found["lungs"] == found["hippocampus"] == found["breast lesion"] == FALSE
 
@@ -145,6 +145,11 @@ def test_the_plan_keeps_patients_apart_and_within_its_size(shared_data: Path, ch
         assert item.augment is None or item.split == "train"
     assert [patient for patient, both in splits.items() if len(both) > 1] == []
     assert [patient for patient, names in groups.items() if len(names) > 1] == []
+    # the same breast again under another name
+    scans = {Path(item.image).stem: item for item in chosen if item.modality == "ultrasound"}
+    assert scans["malignant_004"].group == scans["malignant_005"].group == scans["malignant_009"].group
+    assert scans["normal_038"].group == scans["normal_043"].group == scans["normal_050"].group
+    assert len({item.group for item in scans.values()}) > 60
     for modality in MODALITIES:
         assert {item.split for item in chosen if item.modality == modality} == {"train", "validation"}
     assert len(set(chosen)) == len(chosen)
@@ -224,24 +229,37 @@ def test_a_stopped_caching_goes_on_where_it_was(pictures, tmp_path: Path) -> Non
     lite_data.cache(data, whole, Embed(), slices)
     with pytest.raises(KeyboardInterrupt):
         lite_data.cache(data, broken, Embed(stop_after=2), slices)
-    assert len(lite_data.read_cache(broken).slices) == 2
+    assert len(lite_data.read_cache(broken, slices).slices) == 2
+    assert not list(broken.glob("*.part"))
     later = Embed()
     seen: list[tuple[int, int]] = []
     lite_data.cache(data, broken, later, slices, lambda done, total: seen.append((done, total)))
     assert later.calls == 2
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    one, other = lite_data.read_cache(whole), lite_data.read_cache(broken)
+    one, other = lite_data.read_cache(whole, slices), lite_data.read_cache(broken, slices)
     assert one.slices == other.slices == tuple(slices)
     for name in ("embeddings", "coverage", "visible"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
-    with pytest.raises(InputError, match="another plan"):
-        lite_data.cache(data, whole, Embed(), slices[:2])
+    fewer = lite_data.read_cache(whole, slices[1:3])
+    assert np.array_equal(fewer.embeddings, one.embeddings[1:3])
+    seconds, size = lite_data.seconds_and_bytes(whole, slices)
+    assert seconds > 0
+    assert size == sum(path.stat().st_size for path in whole.iterdir()) > 4 * 256 * 32 * 32 * 2
+
+
+def test_another_choice_of_slices_computes_only_the_new_ones(pictures, tmp_path: Path) -> None:
+    data, slices = pictures
+    lite_data.cache(data, tmp_path, Embed(), slices[:2])
+    later = Embed()
+    lite_data.cache(data, tmp_path, later, [slices[3], slices[1], slices[2]])
+    assert later.calls == 2
+    assert [item.augment for item in lite_data.read_cache(tmp_path, slices[::-1]).slices] == [77, None, None, None]
 
 
 def test_what_is_cached_is_the_picture_and_its_mask_on_one_grid(pictures, tmp_path: Path) -> None:
     data, slices = pictures
     lite_data.cache(data, tmp_path / "cache", Embed(), slices)
-    found = lite_data.read_cache(tmp_path / "cache")
+    found = lite_data.read_cache(tmp_path / "cache", slices)
     assert found.embeddings.shape == (4, 256, 32, 32)
     for row in range(3):
         # 40 x 60 pixels fill 171 x 256 of the frame: the mask's rows 10 to 20 + 5 n, columns 15 to 40

@@ -171,3 +171,13 @@ def test_the_environment_names_folder_and_size(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv("FREQSEG_CACHE_GB", wrong)
         with pytest.raises(SettingsError, match=f"got '{wrong}'"):
             EmbeddingCache()
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddingCache(tmp_path).put("a", "x", embedding())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -261,3 +261,22 @@ def test_m2ib_finds_the_token_the_score_depends_on() -> None:
     ]
     assert int(maps[0].argmax()) == 4
     assert float(maps[1].sum() - maps[1][0, 4]) == 0
+
+
+def test_maps_come_out_the_same_inside_a_callers_inference_mode(
+    aligner: Aligner, layer: int, pictures: Tensor, texts: Tensor
+) -> None:
+    def suffix(z: Tensor) -> Tensor:
+        return aligner.suffix(z, layer)
+
+    def both() -> tuple[Tensor, Tensor]:
+        tokens = aligner.prefix(pictures, layer)
+        information = m2ib_information(suffix, tokens, texts * 1.0, [1, 2, 3], SETTINGS)
+        return information, nib_contribution(suffix, tokens, texts * 1.0)
+
+    with torch.no_grad():
+        expected = both()
+    with torch.inference_mode():
+        found = both()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
