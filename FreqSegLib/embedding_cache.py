@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from FreqSegLib.errors import SettingsError
 DEFAULT_GIGABYTES = 4.0
 # Only folders with this ending are ever counted or removed, wherever the user put the cache
 FOLDER_ENDING = ".embeddings"
+ABANDONED_SECONDS = 3600.0
 
 
 class EmbeddingCache:
@@ -65,6 +67,10 @@ class EmbeddingCache:
         for key in kept:
             with suppress(OSError):
                 os.utime(self._folder(key))
+        for left in self.folder.glob(f"*{FOLDER_ENDING}/*.part"):
+            # of a process that was killed while it wrote; one that writes now is younger
+            if time.time() - _last_use(left) > ABANDONED_SECONDS:
+                _remove(left)
         sizes = {path: _size(path) for path in self._folders()}
         total = sum(sizes.values())
         for path in sorted(sizes, key=_last_use):

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from Testing.benchmarks.measuring import ROOT, Section
 
-PARTS = ("m2ib", "lite", "memory", "encoder", "sam")
+PARTS = ("m2ib", "lite", "memory", "encoder", "sam", "worker", "panel", "scan", "networks", "fusion", "fusion-memory")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,28 @@ class Sizes:
     memory_slices: tuple[int, ...] = (20, 200)
     repeats: int = 3
     sam_repeats: int = 2
+    fusion_slices: int = 24
+    fusion_sides: tuple[int, ...] = (256, 512)
+    fusion_repeats: int = 3
+    worker_shapes: tuple[tuple[int, int, int], ...] = ((150, 256, 256), (400, 512, 512))
 
 
-QUICK = Sizes(steps=3, slices=(2, 4, 8), frequency_slices=3, memory_slices=(10, 40), repeats=2, sam_repeats=1)
+QUICK = Sizes(
+    steps=3, slices=(2, 4, 8), frequency_slices=3, memory_slices=(10, 40), repeats=2, sam_repeats=1, fusion_slices=12
+)
 TINY = Sizes(
-    steps=2, samples=2, scale="tiny", slices=(1, 2), frequency_slices=1, memory_slices=(1, 3), repeats=1, sam_repeats=1
+    steps=2,
+    samples=2,
+    scale="tiny",
+    slices=(1, 2),
+    frequency_slices=1,
+    memory_slices=(1, 3),
+    repeats=1,
+    sam_repeats=1,
+    fusion_slices=3,
+    fusion_sides=(64,),
+    fusion_repeats=1,
+    worker_shapes=((4, 32, 32),),
 )
 
 
@@ -105,7 +122,49 @@ def _runs(sizes: Sizes, memory_slices: Sequence[int]) -> dict[str, Callable[[], 
 
         return sam_time(sizes.sam_repeats, sizes.scale)
 
-    return {"m2ib": m2ib, "lite": lite, "memory": memory, "encoder": encoder, "sam": sam}
+    def worker() -> Section:
+        from Testing.benchmarks.worker import worker_round_trip
+
+        return worker_round_trip(sizes.repeats, sizes.worker_shapes)
+
+    def panel() -> Section:
+        from Testing.benchmarks.panel import panel_time
+
+        return panel_time(sizes.repeats)
+
+    def scan() -> Section:
+        from Testing.benchmarks.scan import scan_time
+
+        return scan_time(sizes.repeats, sizes.scale)
+
+    def networks() -> Section:
+        from Testing.benchmarks.scan import network_time
+
+        return network_time(sizes.repeats, sizes.scale)
+
+    def fusion() -> Section:
+        from Testing.benchmarks.fusion import fusion_time
+
+        return fusion_time(sizes.fusion_slices, sizes.fusion_sides, sizes.fusion_repeats)
+
+    def fused_memory() -> Section:
+        from Testing.benchmarks.fusion import fusion_memory
+
+        return fusion_memory(memory_slices, min(sizes.fusion_sides))
+
+    return {
+        "m2ib": m2ib,
+        "lite": lite,
+        "memory": memory,
+        "encoder": encoder,
+        "sam": sam,
+        "worker": worker,
+        "panel": panel,
+        "scan": scan,
+        "networks": networks,
+        "fusion": fusion,
+        "fusion-memory": fused_memory,
+    }
 
 
 def _report(sections: Sequence[Section], sizes: Sizes, taken: float) -> str:

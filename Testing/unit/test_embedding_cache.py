@@ -181,3 +181,17 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         EmbeddingCache(tmp_path).put("a", "x", embedding())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path)
+    cache.put("a", "x", embedding())
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    old, young = folder / "y.npy.1.part", folder / "z.npy.2.part"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    cache.make_room(keep=["a"])
+    assert not old.exists()
+    assert young.exists()
+    assert cache.has("a", "x")
