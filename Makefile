@@ -3,7 +3,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all lint format bench pictures samples train-lite evaluate clean
+.PHONY: help setup demo test test-all lint format bench pictures screenshots icon samples train-lite train-fusion \
+	evaluate clean
 
 help:
 	@echo "make demo        segment the simulated sample, picture in freqseg-demo/"
@@ -12,6 +13,8 @@ help:
 	@echo "make bench       speed and memory, as ratios of one run"
 	@echo "make evaluate    accuracy on the real test sets (../shared/data or FREQSEG_DATA)"
 	@echo "make train-lite  train the lite preset's aligner again"
+	@echo "make train-fusion  train the CT/MR fusion networks again"
+	@echo "make screenshots the panel's pictures in Resources/Screenshots"
 	@echo "make pictures    make the README's pictures again (after make demo and make evaluate)"
 	@echo "make samples     make the simulated sample volumes again"
 
@@ -45,12 +48,21 @@ evaluate: setup
 pictures: setup
 	$(BIN)/python scripts/make_pictures.py
 
+screenshots: setup
+	$(BIN)/python scripts/make_screenshots.py
+
+icon: setup
+	$(BIN)/python scripts/make_icon.py
+
 samples: setup
 	$(BIN)/python -m pip install --quiet "nilearn>=0.11"
 	$(BIN)/python Resources/Samples/make_samples.py
 
 train-lite: setup
 	$(BIN)/freqseg train-lite
+
+train-fusion: setup
+	$(BIN)/freqseg train-fusion
 
 clean:
 	rm -rf build freqseg-demo .pytest_cache .mypy_cache .ruff_cache

@@ -66,7 +66,9 @@ class PreparedVolume:
 
 
 class PromptRun:
-    """One prompt's way through the stages."""
+    """One prompt's way through the stages, zero-shot: the coarse mask comes from the encoder's saliency."""
+
+    method = "zero-shot"
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class PromptRun:
         self, maps: dict[str, NDArray[np.float32]], present: Presence
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Saliency (S, h, w) in [0, 1], normalised over the volume, and its standard deviation over replicas."""
-        scaled = {branch: _over_volume(values, present) for branch, values in maps.items()}
+        scaled = {branch: self.scaled(values, present) for branch, values in maps.items()}
         raw = scaled["raw"]
         if "low" in scaled:
             fusion = self.owner.fusion or AdaptiveFusion(self.settings.fusion)
@@ -177,9 +179,13 @@ class PromptRun:
             raw = fused.view(raw.shape).numpy()
         frame = self.prepared.frame
         mean = _on_slices(raw.mean(1), frame)
-        spread = raw if self.doubt is None else _over_volume(self.doubt, present)
+        spread = raw if self.doubt is None else self.scaled(self.doubt, present)
         deviation = _on_slices(spread.std(1), frame) if self.settings.uncertainty else None
         return mean, deviation
+
+    def scaled(self, maps: NDArray[np.float32], present: Presence) -> NDArray[np.float32]:
+        """Saliency in the bottleneck's own unit, brought to [0, 1] over the volume."""
+        return _over_volume(maps, present)
 
     def coarse(self, saliency: NDArray[np.float32], present: Presence) -> NDArray[np.bool_]:
         """(S, h, w) bool."""
@@ -260,7 +266,7 @@ class PromptRun:
         intermediates: tuple[Intermediate, ...] = ()
         if keep:
             frame = self.prepared.frame
-            branches = {b: _on_slices(_over_volume(m, present).mean(1), frame) for b, m in maps.items()}
+            branches = {b: _on_slices(self.scaled(m, present).mean(1), frame) for b, m in maps.items()}
             intermediates = tuple(
                 self._intermediate(i, present, branches, fused, uncertainty, coarse, visual, mask)
                 for i in range(self.prepared.stack.count)
@@ -276,6 +282,7 @@ class PromptRun:
             color=meaning.color if meaning else PALETTE[number],
             meaning=meaning.name if meaning else None,
             intermediates=intermediates,
+            method=self.method,
         )
 
     def _intermediate(
@@ -350,11 +357,10 @@ class PromptRun:
         keys = list(MODALITIES)
         texts = self._encode_text([MODALITIES[key].wordings[0] for key in keys])
         likeness = (images @ texts.T).mean(0)
-        looks = keys[int(likeness.argmax())]
         if likeness.max() - likeness[keys.index(meaning.modality)] > CLEARLY_ANOTHER:
             self.warnings.append(
-                f"'{self.prompt.text}' was learned on {MODALITIES[meaning.modality].name}; this volume looks more like "
-                f"{MODALITIES[looks].name}. Expect nothing, or errors."
+                f"'{self.prompt.text}' was learned on {MODALITIES[meaning.modality].name}; this volume does not look "
+                "like one. Expect nothing, or errors."
             )
 
     def _encode_text(self, prompts: Sequence[str]) -> Tensor:

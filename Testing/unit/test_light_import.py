@@ -17,7 +17,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "FreqSegLib"
 
 # The rooms of the house from the ground up; a module may import its own storey and those below.
 ROOMS = ("clip", "saliency", "interaction", "sam", "mamba", "fusion")
-PIPELINES = ("loading", "text_results", "text_stages", "text_segmentation", "spectral_segmentation", "volume_fusion")
+PIPELINES = (
+    *("loading", "text_results", "text_stages", "text_trained", "text_segmentation"),
+    *("text_refinement", "spectral_segmentation", "volume_fusion"),
+)
 ABOVE = ("training", "evaluation", "sheet")
 TOP = ("cli", "worker", "__main__")
 
@@ -25,7 +28,7 @@ TOP = ("cli", "worker", "__main__")
 def storey(module: str) -> int:
     """0 for the ground (volume, slices, weights, settings ...) up to 4 for command line and worker."""
     first = module.split(".")[1]
-    if first in TOP or first.startswith("cli_"):
+    if first in TOP or first.startswith(("cli_", "worker_")):
         return 4
     return 3 if first in ABOVE else 2 if first in PIPELINES else 1 if first in ROOMS else 0
 
@@ -42,6 +45,8 @@ def test_light_modules_load_nothing_heavy(project_root: Path) -> None:
     modules = [
         "FreqSegLib",
         *(f"FreqSegLib.{name}" for name in ("errors", "settings", "presets", "weights", "loading")),
+        # what the panel imports inside Slicer, where torch may not be installed yet
+        *(f"FreqSegLib.{name}" for name in ("protocol", "worker_client", "slicer_packages", "mamba.model_config")),
     ]
     code = "import importlib, sys\n" + "".join(
         f"importlib.import_module({name!r}); print({name!r}, [m for m in {HEAVY!r} if m in sys.modules])\n"

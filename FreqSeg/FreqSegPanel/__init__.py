@@ -1,0 +1,1 @@
+"""What the FreqSeg panel is made of: MRML on one side, the worker process on the other."""

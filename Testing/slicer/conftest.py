@@ -1,0 +1,45 @@
+"""The stand-in application for the tests in this folder; nothing of it is imported before a test asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from stand_in import Application
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def slicer_application() -> Iterator[Application]:
+    missing = [name for name in ("slicer", "PySide6") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"the stand-in needs {' and '.join(missing)}: pip install 'slicer-core>=5.13' PySide6-Essentials")
+    # slicer-core imports every file of any folder named "slicer" on the path: not the tests of this one
+    outside = [place for place in sys.path if Path(place).resolve() == HERE.parent]
+    sys.path[:] = [str(HERE), *(place for place in sys.path if place not in outside)]
+    from stand_in import Application
+
+    application = Application.start()
+    sys.path += outside
+    yield application
+    application.stop()
+
+
+@pytest.fixture
+def app(slicer_application: Application) -> Iterator[Application]:
+    """The application with an empty scene and nothing left by another test.
+
+    A test fails when a slot or an observer raised, unless it empties ``app.exceptions`` itself.
+    """
+    slicer_application.reset()
+    yield slicer_application
+    raised = list(slicer_application.exceptions)
+    slicer_application.reset()
+    assert not raised, f"slots or observers raised: {raised}"

@@ -1,0 +1,141 @@
+"""Screenshots of the panel for README, tutorial and catalogue: ``make screenshots``.
+
+The module's own panel on real MRML, driven as a user would, with the real worker and the ``lite`` preset on the
+simulated head in ``Resources/Samples``. The window around it is the tests' stand-in (``Testing/slicer``), not the
+Slicer application.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = (1600, 1000)
+LESION_CENTRE = (31.0, -13.0, 31.0)
+"""RAS in mm, as Resources/Samples/README.md gives it in LPS."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "Resources" / "Screenshots")
+    parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
+    chosen = parser.parse_args()
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    sys.path.insert(0, str(ROOT / "Testing" / "slicer"))
+    from stand_in import Application
+
+    app = Application.start()
+    try:
+        Screenshots(app, chosen.output, chosen.device).take()
+    finally:
+        app.stop()
+
+
+class Screenshots:
+    """One session with the panel, and a picture at every stage of it."""
+
+    def __init__(self, app: Any, folder: Path, device: str) -> None:
+        self.app, self.folder = app, folder
+        import slicer
+
+        self.slicer = slicer
+        self.volume = slicer.util.loadVolume(str(ROOT / "Resources" / "Samples" / "simulated_flair.nrrd"))
+        self.volume.SetName("Simulated FLAIR")
+        self.panel = app.load_module(ROOT / "FreqSeg" / "FreqSeg.py")
+        self.ui = self.panel.ui
+        devices = ["auto", "cpu", "cuda"]
+        self.ui.deviceComboBox.setCurrentIndex(devices.index(device))
+
+    def take(self) -> None:
+        self.thumbnails()
+        self.segment()
+        self.refine()
+        self.look_inside()
+        self.models()
+
+    def segment(self) -> None:
+        self.ui.inputVolumeSelector.setCurrentNode(self.volume)
+        self.ui.promptsTable.cellWidget(0, 0).setEditText("brain tumour")
+        self.ui.uncertaintyCheckBox.setChecked(True)
+        self.ui.show3DCheckBox.setChecked(True)
+        self.app.process(0.2)
+        self.ui.applyButton.click()
+        self.wait(lambda: not self.panel.busy)
+        if self.panel.segmentation is None:
+            raise SystemExit(f"nothing was segmented: {self.ui.statusLabel.text}")
+        self.grab("segment.png")
+
+    def refine(self) -> None:
+        """A click on the part of the lesion that was missed most."""
+        mark = self.missed_voxel()
+        self.ui.refineSection.setProperty("collapsed", False)
+        self.ui.uncertaintyCheckBox.setChecked(True)
+        self.panel.refine.marks("Inside").AddControlPointWorld(*mark)
+        self.wait(lambda: self.panel.refine._task is not None and self.panel.refine._task.finished)
+        self.grab("refine.png", mark)
+        self.ui.clearPointsButton.click()
+        self.ui.refineSection.setProperty("collapsed", True)
+
+    def look_inside(self) -> None:
+        self.ui.segmentSection.setProperty("collapsed", True)
+        self.ui.lookSection.setProperty("collapsed", False)
+        for button in (self.ui.frequencyButton, self.ui.saliencyButton, self.ui.uncertaintyButton):
+            button.click()
+            self.wait(lambda: self.ui.lookLabel.text.startswith("Shown"))
+            self.ui.lookLabel.text = ""
+        self.ui.sideBySideButton.click()
+        display = self.panel.segmentation.GetDisplayNode()
+        display.SetVisibility2DFill(False)
+        self.grab("look-inside.png", arrange=False)
+        display.SetVisibility2DFill(True)
+        self.ui.hideLooksButton.click()
+        self.ui.lookSection.setProperty("collapsed", True)
+
+    def models(self) -> None:
+        self.ui.modelsSection.setProperty("collapsed", False)
+        self.wait(lambda: self.ui.modelsTable.rowCount > 0 and not self.panel.models.busy)
+        self.grab("models.png")
+
+    def thumbnails(self) -> None:
+        """Pictures of the samples for Slicer's Sample Data module."""
+        util = self.slicer.util
+        other = util.loadVolume(str(ROOT / "Resources" / "Samples" / "simulated_ct.nrrd"), {"show": False})
+        for name, volume in (("FreqSegFLAIR", self.volume), ("FreqSegCT", other)):
+            util.setSliceViewerLayers(background=volume, fit=True)
+            self.slicer.mrmlScene.GetNodeByID("vtkMRMLSliceNodeRed").JumpSliceByOffsetting(*LESION_CENTRE)
+            self.app.grab_slice(ROOT / "FreqSeg" / "Resources" / "Icons" / f"{name}.png", "Red", (260, 280))
+        self.slicer.mrmlScene.RemoveNode(other)
+
+    def missed_voxel(self) -> list[float]:
+        """World position of the middle of what the result lacks of the true lesion, in the slice that lacks most."""
+        import numpy as np
+        from FreqSegPanel import geometry
+
+        util = self.slicer.util
+        truth_node = util.loadVolume(str(ROOT / "Resources" / "Samples" / "simulated_lesion.nrrd"), {"show": False})
+        truth = util.arrayFromVolume(truth_node) > 0
+        self.slicer.mrmlScene.RemoveNode(truth_node)
+        node = self.panel.segmentation
+        segment_id = node.GetSegmentation().GetNthSegmentID(0)
+        mask = util.arrayFromSegmentBinaryLabelmap(node, segment_id, self.volume) > 0
+        missed = truth & ~mask
+        layer = int(missed.sum(axis=(1, 2)).argmax())
+        voxels = np.argwhere(missed[layer])
+        middle = voxels[np.abs(voxels - np.median(voxels, axis=0)).sum(axis=1).argmin()]
+        return list(geometry.ijk_to_world(self.volume, [(middle[1], middle[0], layer)])[0])
+
+    def grab(self, name: str, place: Any = LESION_CENTRE, arrange: bool = True) -> None:
+        """The window, every slice view through one place; ``arrange`` shows the picture alone in all of them."""
+        volume = self.volume if arrange else None
+        self.app.grab_window(self.folder / name, volume=volume, layout="four-up", size=SIZE, center=tuple(place))
+        print(self.folder / name)
+
+    def wait(self, condition: Any) -> None:
+        self.app.wait_until(condition, timeout=900)
+
+
+if __name__ == "__main__":
+    main()
