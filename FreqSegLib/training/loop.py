@@ -47,6 +47,9 @@ def fit(
     config: LoopConfig,
     report: Callable[[dict[str, float]], None] | None = None,
     schedule: Callable[[int], float] | None = None,
+    *,
+    writes: bool = True,
+    wait: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train ``model``; it ends with the best validated weights.
 
@@ -58,6 +61,8 @@ def fit(
         config: see LoopConfig.
         report: called with every logged row.
         schedule: step -> learning rate, in place of the warm-up and cosine of ``config``.
+        writes: whether this process writes the files; one of several that train together does.
+        wait: returns when all processes have called it. Their batches may differ, their validations must not.
 
     Returns:
         The best row.
@@ -79,7 +84,9 @@ def fit(
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         state = saved["state"]
-        _keep_rows(log, state["step"])
+        if writes:
+            _keep_rows(log, state["step"])
+    wait()
     started = time.monotonic() - state["seconds"]
     running: list[float] = []
     rate_at = schedule or (lambda step: rate(step, config))
@@ -115,10 +122,12 @@ def fit(
                 stale=0 if better else state["stale"] + 1,
                 seconds=time.monotonic() - started,
             )
-            if better:
+            if better and writes:
                 _save({"model": model.state_dict(), "row": row}, best_file)
-            _append(log, row)
-            _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "state": state}, last)
+            if writes:
+                _append(log, row)
+                _save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "state": state}, last)
+            wait()
             if report:
                 report(row)
     model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True)["model"])

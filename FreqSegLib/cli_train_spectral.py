@@ -1,0 +1,39 @@
+"""``freqseg train-spectral``: train a spectral model as a configuration file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from FreqSegLib.cli_app import app, session_of
+
+
+@app.command("train-spectral")
+def train_spectral(
+    context: typer.Context,
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="JSON or TOML; see Resources/Configs.", show_default=False)
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="What the configuration's folders are relative to.", show_default="beside CONFIG"),
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Checkpoints, log and curves; a stopped run goes on here.")] = Path(
+        "build/spectral"
+    ),
+    models: Annotated[Path, typer.Option(help="Where the model goes, in a folder of its name.")] = Path(
+        "Resources/Models"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Train a spectral model on images or volumes with labels.
+
+    Several processes: torchrun --nproc-per-node N -m FreqSegLib train-spectral CONFIG
+    """
+    from FreqSegLib.training.spectral_recipe import train_spectral as run
+
+    session = session_of(context)
+    folder = run(config, work, models, data=data, device=device, report=session.say)
+    session.say(f"Weights, {folder.name}'s description and its card are in {folder}")

@@ -1,0 +1,368 @@
+"""From a configuration file to a spectral model's folder: data, network, losses, the loop, weights, curves, card.
+
+Several processes may train together (``torchrun``): each makes its share of every batch, gradients are averaged, cases
+are validated by turns, and the first process writes the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from FreqSegLib.device import resolve_device
+from FreqSegLib.errors import FreqSegError, InputError, SettingsError
+from FreqSegLib.mamba.losses import PatchDiscriminator, SpectralDualLoss, adversarial_losses
+from FreqSegLib.mamba.model_config import WEIGHTS_FILE, read_config
+from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
+from FreqSegLib.output_file import replacing
+from FreqSegLib.training.loop import LoopConfig, fit
+from FreqSegLib.training.spectral_config import LossConfig, SpectralRecipe
+from FreqSegLib.training.spectral_data import Batch, Batches, Item, load_split
+
+Row = dict[str, float]
+
+
+def train_spectral(
+    config: Path,
+    work: Path,
+    models: Path,
+    *,
+    data: Path | None = None,
+    device: str = "auto",
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Train a model as a configuration file says; a stopped run goes on where it was.
+
+    Args:
+        config: JSON or TOML, a :class:`SpectralRecipe`.
+        work: gets checkpoints, ``log.csv`` and ``curves.png``, in a folder of the model's name.
+        models: gets the model, in a folder of its name: weights, ``model.json``, a card.
+        data: what the data's relative folders are relative to; the configuration's own folder if None.
+        device: auto, cpu or cuda[:N].
+        report: where lines of progress go.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        SettingsError: the configuration is wrong; the key is named.
+        InputError: images or labels are missing or unusable.
+        FreqSegError: the loss is not finite; the batch is named.
+    """
+    recipe = read_config(config, SpectralRecipe)
+    with processes(resolve_device(device)) as (rank, world, place):
+        quiet: Callable[[str], None] = report if rank == 0 else (lambda line: None)
+        run = SpectralTraining(recipe, data or config.parent, work / recipe.name, place, rank, world)
+        quiet(run.described())
+        best = run.fit(quiet)
+        folder = models / recipe.name
+        if rank == 0:
+            run.write_model(folder, best)
+        if world > 1:
+            distributed.barrier()
+    return folder
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
+    """(rank, processes in all, device): one process, or those that torchrun started, for the length of the block."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1, device
+        return
+    rank = int(os.environ["RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world, device
+    finally:
+        distributed.destroy_process_group()
+
+
+def build_network(recipe: SpectralRecipe) -> SpectralVMUNet:
+    """The network of a recipe, at its start."""
+    return SpectralVMUNet(**asdict(recipe.model), checkpointing=recipe.training.checkpointing)
+
+
+class Trainee(nn.Module):
+    """The network and, where there is one, its adversary: a module whose output is the loss of a batch."""
+
+    def __init__(self, network: nn.Module, config: LossConfig, in_channels: int, classes: int, dimensions: int) -> None:
+        super().__init__()
+        self.network = network
+        values = asdict(config)
+        self.adversarial_weight = values.pop("adversarial_weight")
+        self.loss = SpectralDualLoss(**values)
+        self.discriminator = (
+            PatchDiscriminator(in_channels, classes, dimensions=dimensions) if self.adversarial_weight else None
+        )
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images (b, c, *size) and labels (b, *size) to the loss and its components."""
+        logits = self.network(images)
+        total, components = self.loss(logits.float(), labels, return_components=True)
+        if self.discriminator is not None:
+            deceive, detect = adversarial_losses(self.discriminator, images, logits.float(), labels)
+            total = total + self.adversarial_weight * deceive + detect
+            components = {**components, "adversarial": deceive, "discriminator": detect}
+        return total, components
+
+
+class SpectralTraining:
+    """One run: what :func:`FreqSegLib.training.loop.fit` needs of a recipe.
+
+    Args:
+        recipe: the configuration.
+        data: what its relative folders are relative to.
+        work: checkpoints, log, curves.
+        device: to compute on.
+        rank, world: which of how many processes this is.
+    """
+
+    def __init__(
+        self,
+        recipe: SpectralRecipe,
+        data: Path,
+        work: Path,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.recipe, self.work = recipe, work
+        self.device, self.rank, self.world = device or torch.device("cpu"), rank, world
+        config = recipe.training
+        if config.batch_size % world:
+            raise SettingsError(f"batch_size must be a multiple of the {world} processes, got {config.batch_size}")
+        train, validation = load_split(recipe, data)
+        self.validation = validation
+        self.batches = Batches(train, config, recipe.augment, rank, world)
+        _check_sizes(recipe, train)
+        torch.manual_seed(config.seed)
+        network = build_network(recipe)
+        model = recipe.model
+        self.trainee = Trainee(network, recipe.loss, model.in_channels, model.out_channels, model.dimensions)
+        self.trainee.to(self.device)
+        self.network = network
+        self._step: nn.Module = DistributedDataParallel(self.trainee) if world > 1 else self.trainee
+        self._source: Iterator[Batch] | None = None
+        self._sums: dict[str, float] = {}
+        self._count = 0
+        self._autocast = config.mixed_precision and self.device.type == "cuda"
+
+    def described(self) -> str:
+        """One line about the run."""
+        cases = len({item.case for item in self.batches.items}), len({item.case for item in self.validation})
+        parameters = sum(value.numel() for value in self.network.parameters())
+        return (
+            f"{self.recipe.name}: {parameters / 1e6:.2f} M parameters, {len(self.batches.items)} training images of "
+            f"{cases[0]} cases, {len(self.validation)} validation images of {cases[1]}, "
+            f"{self.batches.steps_per_epoch} steps an epoch"
+        )
+
+    def loop_config(self) -> LoopConfig:
+        """The recipe's numbers in steps."""
+        config, epoch = self.recipe.training, self.batches.steps_per_epoch
+        return LoopConfig(
+            steps=len(self.batches),
+            learning_rate=config.learning_rate,
+            warmup=round(config.warmup_epochs * epoch),
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            validate_every=config.validate_every * epoch,
+            patience=config.patience,
+            seed=config.seed,
+        )
+
+    def fit(self, report: Callable[[str], None]) -> Row:
+        """Train to the end; the network ends with the best validated weights.
+
+        Returns:
+            The best row of the log.
+        """
+        board = self._board()
+
+        def told(row: Row) -> None:
+            report("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+            if self.rank:
+                return
+            draw_curves(self.work / "log.csv", self.work / "curves.png")
+            if board is not None:
+                for key, value in row.items():
+                    if key != "step":
+                        board.add_scalar(key, value, int(row["step"]))
+                board.flush()
+
+        return fit(
+            self.trainee,
+            self.batch_loss,
+            self.validate,
+            self.work,
+            self.loop_config(),
+            told,
+            writes=self.rank == 0,
+            wait=self._wait,
+        )
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            distributed.barrier()
+
+    def batch_loss(self, step: int) -> Tensor:
+        """Loss of a step's batch.
+
+        Raises:
+            FreqSegError: it is not finite; the images are named.
+        """
+        if self._source is None:
+            self._source = iter(self.batches.loader(step, self.recipe.training.workers))
+        batch = next(self._source)
+        # dropout is drawn from the step, so that a resumed run repeats it
+        torch.manual_seed((self.recipe.training.seed * 1_000_003 + step) * self.world + self.rank)
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            total, components = self._step(images, labels)
+        if not torch.isfinite(total):
+            said = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in components.items())
+            raise FreqSegError(
+                f"The loss became {float(total.detach())} at step {step} ({said}) on the images "
+                f"{', '.join(batch.names)}. The last checkpoint is intact. Look at these images, or lower "
+                "learning_rate."
+            )
+        for name, value in components.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+        self._count += 1
+        return total
+
+    @torch.no_grad()
+    def validate(self) -> Row:
+        """Mean DSC over cases and classes that are there, and over each class; the mean components since last time."""
+        classes = self.recipe.model.out_channels
+        cases = list(dict.fromkeys(item.case for item in self.validation))
+        counts = torch.zeros(len(cases), 3, classes, dtype=torch.float64)
+        self.network.eval()
+        for number, item in enumerate(self.validation):
+            if number % self.world != self.rank:
+                continue
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                found = self.network(item.image[None, None].to(self.device))[0].argmax(0).cpu()
+            truth = item.label.long()
+            for label in range(1, classes):
+                mask, real = found == label, truth == label
+                row = torch.stack([(mask & real).sum(), mask.sum(), real.sum()]).double()
+                counts[cases.index(item.case), :, label] += row
+        if self.world > 1:
+            counts = counts.to(self.device)
+            distributed.all_reduce(counts)
+            counts = counts.cpu()
+        both, mine, real = counts[:, 0, 1:], counts[:, 1, 1:], counts[:, 2, 1:]
+        there = real > 0
+        if not there.any():
+            raise InputError("no validation image has a labelled voxel; enlarge validation_share, or check the labels")
+        dice = 2 * both / (mine + real).clamp(min=1)
+        rows = {"score": float(dice[there].mean())}
+        if classes > 2:
+            for label in range(classes - 1):
+                if there[:, label].any():
+                    rows[f"dsc_{label + 1}"] = float(dice[there[:, label], label].mean())
+        parts = {f"train_{name}": value / max(1, self._count) for name, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return {**rows, **parts}
+
+    def write_model(self, folder: Path, best: Row) -> None:
+        """Weights, ``model.json`` and the card; all appear, or none."""
+        from safetensors.torch import save_file
+
+        kind = torch.float16 if self.recipe.training.half_weights else torch.float32
+        state = {key: value.detach().cpu().to(kind).contiguous() for key, value in self.network.state_dict().items()}
+        paths = [folder / WEIGHTS_FILE, folder / "model.json", folder / "README.md"]
+        with replacing(paths, overwrite=True) as (weights, described, card):
+            save_file(state, weights)
+            self.recipe.described().write(described.parent)
+            card.write_text(self.card(best), encoding="utf-8")
+
+    def card(self, best: Row) -> str:
+        """What the model is, and what was measured on the validation split while it was trained."""
+        recipe = self.recipe
+        cases = len({item.case for item in self.validation})
+        parameters = sum(value.numel() for value in self.network.parameters())
+        lines = [
+            f"# {recipe.name}",
+            "",
+            recipe.description or f"Segments {', '.join(recipe.data.classes)}.",
+            "",
+            f"- Classes: {', '.join(recipe.data.classes)}",
+            f"- Input: {recipe.input.form}, intensity {recipe.input.intensity}",
+            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters",
+            f"- Trained on {len({item.case for item in self.batches.items})} cases, seed {recipe.training.seed}, best "
+            f"after {best['step']:.0f} steps, {best['seconds'] / 60:.0f} minutes",
+            f"- DSC on {cases} validation cases that chose the checkpoint: {best['score']:.3f}",
+            f"- Licence: {recipe.licence or 'not stated'}",
+            "",
+            "Research use, not for diagnosis.",
+            "",
+        ]
+        return "\n".join(lines)
+
+    def _board(self) -> Any:
+        if not self.recipe.training.tensorboard or self.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SettingsError(
+                f"tensorboard is on, but cannot be loaded ({error}); run 'pip install tensorboard', or turn it off"
+            ) from error
+        return SummaryWriter(str(self.work / "tensorboard"))
+
+
+def _check_sizes(recipe: SpectralRecipe, items: list[Item]) -> None:
+    """Raises:
+    SettingsError: training would have to stack images of different sizes.
+    """
+    if recipe.training.crop or recipe.training.batch_size == 1:
+        return
+    sizes = {tuple(item.image.shape) for item in items}
+    if len(sizes) > 1:
+        raise SettingsError(
+            f"the images have {len(sizes)} sizes, for example {sorted(sizes)[0]} and {sorted(sizes)[-1]}; set crop, so "
+            "that they can be stacked, or batch_size 1"
+        )
+
+
+def draw_curves(log: Path, picture: Path) -> None:
+    """The log as a picture: the losses on the left, the scores on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with log.open(newline="", encoding="utf-8") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if key == "loss" or key.startswith("train_"):
+            left.plot(steps, values, label=key.removeprefix("train_"), linewidth=2 if key == "loss" else 1)
+        elif key == "score" or key.startswith("dsc_"):
+            right.plot(steps, values, label="mean" if key == "score" else f"class {key[4:]}")
+    left.set(xlabel="step", ylabel="training loss")
+    right.set(xlabel="step", ylabel="validation DSC", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    temporary = picture.with_name(f"{picture.stem}.part{picture.suffix}")
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, picture)

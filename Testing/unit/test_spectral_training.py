@@ -1,0 +1,398 @@
+"""Training of spectral models on made-up images: from the configuration to a model's folder, broken off and resumed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from FreqSegLib.errors import FreqSegError, InputError, SettingsError
+from FreqSegLib.mamba.model_config import SpectralModel, read_config
+from FreqSegLib.training.spectral_config import AugmentConfig, SpectralRecipe, TrainingConfig
+from FreqSegLib.training.spectral_data import Batches, augmented, find_pairs, load_split, split
+from FreqSegLib.training.spectral_recipe import SpectralTraining, train_spectral
+from FreqSegLib.volume import Volume
+
+AFFINE = np.diag([1.0, 1.0, 1.0, 1.0])
+
+
+def write_images(folder: Path, count: int = 8, side: int = 24, labels: tuple[int, ...] = (255,)) -> None:
+    """Grey pictures with a bright square a label; ``images/x0.png`` and ``masks/x0.png``."""
+    made = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        image = made.integers(20, 60, (1, side, side)).astype(np.uint8)
+        mask = np.zeros_like(image)
+        for value in labels:
+            row, column = made.integers(1, side - 9, 2)
+            image[0, row : row + 8, column : column + 8] = 200
+            mask[0, row : row + 8, column : column + 8] = value
+        for kind, array in (("images", image), ("masks", mask)):
+            Volume(array, AFFINE, spatial_dimension=2).write(folder / kind / f"x{number}.png", overwrite=True)
+
+
+def write_volumes(folder: Path, shapes: tuple[tuple[int, int, int], ...]) -> None:
+    made = np.random.default_rng(1)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for number, shape in enumerate(shapes):
+        image = made.normal(100, 5, shape).astype(np.float32)
+        label = np.zeros(shape, np.uint8)
+        label[2:5, 3:8, 3:9] = 1
+        label[5:7, 3:8, 3:9] = 2
+        image += label * 60
+        for kind, array in (("images", image), ("labels", label)):
+            Volume(array, AFFINE).write(folder / kind / f"v{number}.nii.gz", overwrite=True)
+
+
+def configuration(folder: Path, **changes: Any) -> Path:
+    """A tiny configuration beside the images; ``changes`` go into its sections."""
+    content: dict[str, Any] = {
+        "name": "tiny",
+        "data": {
+            "images": "images",
+            "labels": "masks",
+            "image_ending": ".png",
+            "label_ending": ".png",
+            "classes": ["square"],
+            "binary": True,
+        },
+        "input": {"form": "image", "side": 24},
+        "model": {
+            "out_channels": 2,
+            "img_size": 24,
+            "base_channels": 4,
+            "num_stages": 2,
+            "depth": 1,
+            "d_state": 2,
+            "detail_channels": 2,
+            "dropout": 0.1,
+        },
+        "training": {"epochs": 3, "batch_size": 4, "validation_share": 0.25, "warmup_epochs": 1},
+    }
+    for section, values in changes.items():
+        content[section] = {**content.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def recipe(folder: Path, **changes: Any) -> SpectralRecipe:
+    return read_config(configuration(folder, **changes), SpectralRecipe)
+
+
+def rows(work: Path) -> list[dict[str, str]]:
+    with (work / "tiny" / "log.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """(work folder, model folder, what was said) of an unbroken run."""
+    folder = tmp_path_factory.mktemp("trained")
+    said: list[str] = []
+    model = train_spectral(configuration(images), folder / "work", folder / "models", device="cpu", report=said.append)
+    return folder / "work", model, said
+
+
+def test_a_run_leaves_weights_description_card_log_and_curves(trained: tuple[Path, Path, list[str]]) -> None:
+    work, model, said = trained
+    assert sorted(path.name for path in model.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    assert SpectralModel.read(model).classes[0].name == "square"
+    card = (model / "README.md").read_text(encoding="utf-8")
+    found = rows(work)
+    best = max(float(row["score"]) for row in found)
+    assert f"{best:.3f}" in card
+    assert [float(row["step"]) for row in found] == [2, 4, 6]
+    assert {"loss", "score", "train_dice", "train_focal", "train_frequency", "train_boundary"} <= set(found[0])
+    assert (work / "tiny" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "6 training images of 6 cases, 2 validation images of 2" in said[0]
+
+
+def test_a_run_killed_without_warning_goes_on_with_the_same_curve(
+    trained: tuple[Path, Path, list[str]], images: Path, project_root: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from FreqSegLib.training.spectral_recipe import train_spectral\n"
+        "def told(line):\n    print(line, flush=True)\n    if line.startswith('step 2 '): time.sleep(600)\n"
+        "train_spectral(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), device='cpu', report=told)\n"
+    )
+    config = configuration(images)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(config), str(tmp_path), str(tmp_path / "models")],
+        cwd=project_root,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith("step 2 "):
+            break
+    child.kill() if os.name == "nt" else child.send_signal(signal.SIGKILL)
+    child.wait(60)
+    assert len(rows(tmp_path)) == 1
+    train_spectral(config, tmp_path, tmp_path / "models", device="cpu", report=lambda line: None)
+    work, model, _ = trained
+    assert rows(tmp_path) == rows(work)
+    assert (tmp_path / "models" / "tiny" / "model.safetensors").read_bytes() == (
+        model / "model.safetensors"
+    ).read_bytes()
+
+
+def test_two_processes_average_their_gradients(images: Path, project_root: Path, tmp_path: Path) -> None:
+    """One step of two processes is one step on both halves of the batch, their gradients averaged."""
+    changes = {
+        "training": {"epochs": 1, "steps_per_epoch": 1, "batch_size": 4, "warmup_epochs": 0, "half_weights": False},
+        "model": {"dropout": 0.0},
+    }
+    config = configuration(images, **changes)
+    # as torchrun starts them
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from FreqSegLib.training.spectral_recipe import train_spectral\n"
+        "train_spectral(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), device='cpu')\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(config), str(tmp_path), str(tmp_path / "models")],
+            cwd=project_root,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [child.communicate(timeout=500) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs[0][1][-1500:] + outputs[1][1][-1500:]
+    assert "score" in outputs[0][0]
+    assert outputs[1][0] == ""
+
+    runs = [SpectralTraining(recipe(images, **changes), images, tmp_path, rank=rank, world=1) for rank in range(2)]
+    halves = [
+        Batches(run.batches.items, run.recipe.training, run.recipe.augment, rank, 2) for rank, run in enumerate(runs)
+    ]
+    for run, half in zip(runs, halves, strict=True):
+        batch = half[0]
+        run.trainee.train()
+        run.trainee(batch.images, batch.labels)[0].backward()
+    single = runs[0].trainee
+    for one, other in zip(single.parameters(), runs[1].trainee.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        one.grad = (one.grad + other.grad) / 2
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [p for p in single.parameters() if p.dim() > 1], "weight_decay": 0.05},
+            {"params": [p for p in single.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+    )
+    torch.nn.utils.clip_grad_norm_(single.parameters(), 1.0)
+    optimiser.step()
+    from safetensors.torch import load_file
+
+    written = load_file(tmp_path / "models" / "tiny" / "model.safetensors")
+    truth = runs[0].network.state_dict()
+    # Adam's first step is the rate in the gradient's direction, so rounding of gradients near zero shows at full size
+    differences = torch.cat([(written[key] - value).abs().flatten() for key, value in truth.items()])
+    assert float((differences > 1e-5).double().mean()) < 0.01
+
+
+def test_a_typo_in_the_configuration_names_the_key_and_the_nearest(images: Path) -> None:
+    with pytest.raises(SettingsError, match=r"tiny.json: training: there is no key 'learning_rat'.*'learning_rate'"):
+        recipe(images, training={"learning_rat": 1})
+    with pytest.raises(SettingsError, match="training: epochs must be a whole number, got 'ten'"):
+        recipe(images, training={"epochs": "ten"})
+    with pytest.raises(SettingsError, match="training: epochs must be at least 1, got 0"):
+        recipe(images, training={"epochs": 0})
+    with pytest.raises(SettingsError, match="input: form must be one of image, slices, volume, got 'picture'"):
+        recipe(images, input={"form": "picture"})
+    with pytest.raises(SettingsError, match="3 outputs, background included, but 1 classes"):
+        recipe(images, model={"out_channels": 3})
+    with pytest.raises(SettingsError, match="crop must have 2 sides"):
+        recipe(images, training={"crop": [8, 8, 8]})
+
+
+def test_toml_says_the_same_as_json(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tomllib")
+    path = tmp_path / "a.toml"
+    path.write_text(
+        'name = "a"\n[data]\nimages = "i"\nlabels = "l"\nclasses = ["x"]\n[model]\nout_channels = 2\ndepth = [2, 1]\n'
+        "num_stages = 2\n",
+        encoding="utf-8",
+    )
+    found = read_config(path, SpectralRecipe)
+    assert found.model.depth == (2, 1)
+    assert found.training == TrainingConfig()
+    path.write_text("name = ", encoding="utf-8")
+    with pytest.raises(SettingsError, match="cannot be parsed"):
+        read_config(path, SpectralRecipe)
+
+
+def test_images_without_labels_and_empty_folders_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path, count=3)
+    config = recipe(tmp_path).data
+    (tmp_path / "masks" / "x1.png").unlink()
+    with pytest.raises(InputError, match=r"x1.png has no label; add it"):
+        find_pairs(config, tmp_path)
+    (tmp_path / "images" / "x1.png").unlink()
+    (tmp_path / "images" / "x2.png").unlink()
+    with pytest.raises(InputError, match=r"masks.x2.png has no image"):
+        find_pairs(config, tmp_path)
+    (tmp_path / "masks" / "x2.png").unlink()
+    with pytest.raises(InputError, match="at least 2 images"):
+        split(find_pairs(config, tmp_path), 0.2)
+    with pytest.raises(InputError, match="does not exist"):
+        find_pairs(config, tmp_path / "nowhere")
+
+
+def test_labels_outside_the_classes_and_labels_that_are_nowhere_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path, count=3, labels=(7,))
+    with pytest.raises(InputError, match=r"x\d.png: labels must be 0 \(background\) to 1 \(square\), got 7"):
+        load_split(recipe(tmp_path, data={"binary": False}), tmp_path)
+    write_images(tmp_path, count=3, labels=())
+    with pytest.raises(InputError, match="no training image has a labelled voxel"):
+        SpectralTraining(recipe(tmp_path), tmp_path, tmp_path / "work")
+
+
+def test_a_loss_that_is_not_finite_names_the_images(images: Path, tmp_path: Path) -> None:
+    run = SpectralTraining(recipe(images), images, tmp_path)
+    with torch.no_grad():
+        run.network.head.bias.fill_(float("nan"))
+    names = ", ".join(run.batches[3].names)
+    with pytest.raises(FreqSegError, match=f"became nan at step 3 .* on the images {names}"):
+        run.batch_loss(3)
+
+
+def test_images_of_different_sizes_need_a_crop(tmp_path: Path) -> None:
+    write_volumes(tmp_path, ((8, 10, 12), (9, 12, 12), (8, 10, 12)))
+    volumes = {
+        "data": {
+            "labels": "labels",
+            "image_ending": ".nii.gz",
+            "label_ending": ".nii.gz",
+            "classes": ["lower", "upper"],
+            "binary": False,
+        },
+        "input": {"form": "volume"},
+        "model": {"dimensions": 3, "out_channels": 3, "patch_size": 2},
+    }
+    with pytest.raises(SettingsError, match="2 sizes"):
+        SpectralTraining(
+            recipe(tmp_path, **volumes, training={"validation_share": 0.34, "seed": 0}), tmp_path, tmp_path / "w"
+        )
+    changes = {**volumes, "training": {"epochs": 1, "batch_size": 2, "crop": [8, 8, 16], "validation_share": 0.34}}
+    folder = train_spectral(
+        configuration(tmp_path, **changes), tmp_path / "work", tmp_path / "models", device="cpu", report=lambda x: None
+    )
+    assert SpectralModel.read(folder).input.form == "volume"
+    found = rows(tmp_path / "work")
+    assert {"dsc_1", "dsc_2"} <= set(found[0])
+
+
+def test_an_adversary_trains_along_and_is_not_shipped(images: Path, tmp_path: Path) -> None:
+    config = configuration(images, loss={"adversarial_weight": 0.01}, training={"epochs": 1})
+    folder = train_spectral(config, tmp_path, tmp_path / "models", device="cpu", report=lambda line: None)
+    assert {"train_adversarial", "train_discriminator"} <= set(rows(tmp_path)[0])
+    from safetensors.torch import load_file
+
+    assert not any("discriminator" in key for key in load_file(folder / "model.safetensors"))
+
+
+def batches(images: Path, **training: Any) -> Batches:
+    chosen = recipe(images, training=training)
+    train, _ = load_split(chosen, images)
+    return Batches(train, chosen.training, chosen.augment)
+
+
+def test_a_batch_depends_on_its_step_alone_and_workers_change_nothing(images: Path) -> None:
+    found = batches(images)
+    in_turn = list(found.loader(2, workers=0))
+    assert len(in_turn) == len(found) - 2
+    assert torch.equal(in_turn[1].images, found[3].images)
+    assert not torch.equal(found[2].images, found[3].images)
+    for worked, plain in zip(found.loader(2, workers=1), in_turn, strict=True):
+        assert torch.equal(worked.images, plain.images)
+        assert worked.names == plain.names
+
+
+def test_an_epoch_shows_every_image_once(images: Path) -> None:
+    found = batches(images, batch_size=3, foreground_share=0.0)
+    assert sorted(found.chosen(0) + found.chosen(1)) == list(range(6))
+    assert found.chosen(0) != found.chosen(2)
+
+
+def test_enough_of_a_batch_shows_a_label(images: Path) -> None:
+    found = batches(images, batch_size=4, foreground_share=0.5)
+    found.shows = [True, False, False, False, False, False]
+    found.foreground = [0]
+    assert all(sum(index == 0 for index in found.chosen(step)) >= 2 for step in range(6))
+
+
+def test_augmentation_moves_image_and_labels_together_and_keeps_shapes() -> None:
+    still = AugmentConfig(gamma=0, brightness=0, contrast=0, noise=0, flip_axes=(0, 1), rotation=40, scale=0, shift=0.1)
+    for size in ((60, 36), (24, 36, 30)):
+        places = torch.stack(torch.meshgrid(*[torch.arange(side) - side / 2 for side in size], indexing="ij"))
+        label = (places.square().sum(0) < 49).to(torch.uint8)[None]
+        for seed in range(5):
+            image, moved = augmented(label[None].float(), label, still, np.random.default_rng(seed))
+            assert float(((image[0] > 0.5) == (moved > 0)).float().mean()) > 0.97
+            assert float(moved.sum()) == pytest.approx(float(label.sum()), rel=0.06)
+            # a ball stays a ball, also where the sides differ
+            spreads = moved[0].nonzero().float().std(0)
+            assert float(spreads.max() / spreads.min()) < 1.06
+
+
+def test_greys_stay_in_range_and_nothing_asked_changes_nothing() -> None:
+    image, label = torch.rand(1, 1, 9, 9), torch.zeros(1, 9, 9, dtype=torch.uint8)
+    none = AugmentConfig(0, 0, 0, (), 0, 0, 0, 0)
+    kept, _ = augmented(image, label, none, np.random.default_rng(0))
+    assert torch.allclose(kept, image, atol=1e-6)
+    changed, _ = augmented(image, label, AugmentConfig(brightness=0.5), np.random.default_rng(0))
+    assert float(changed.min()) >= 0
+    assert float(changed.max()) <= 1
+
+
+def test_the_split_does_not_change_when_images_are_added(tmp_path: Path) -> None:
+    write_images(tmp_path, count=6)
+    config = recipe(tmp_path).data
+    before = {pair.name for pair in split(find_pairs(config, tmp_path), 0.34)[1]}
+    write_images(tmp_path, count=7)
+    after = {pair.name for pair in split(find_pairs(config, tmp_path), 0.3)[1]}
+    assert len(before & after) >= len(before) - 1
+
+
+def test_tensorboard_is_written_or_its_absence_said(images: Path, tmp_path: Path) -> None:
+    run = SpectralTraining(recipe(images, training={"tensorboard": True}), images, tmp_path)
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(SettingsError, match="pip install tensorboard"):
+            run.fit(lambda line: None)
+        return
+    run.fit(lambda line: None)
+    assert list((tmp_path / "tensorboard").iterdir())
