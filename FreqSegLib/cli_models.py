@@ -46,12 +46,17 @@ def list_models(context: typer.Context) -> None:
     session = session_of(context)
     statuses = {status.id: status for status in weights.status()}
     styles = {"shipped": "green", "installed": "green", "missing": "dim", "damaged": "red"}
-    for name, preset in PRESETS.items():
-        session.say(Text.assemble((name, "bold"), f"  {preset.title}"))
+    groups = {name: (preset.title, _weights_of(name)) for name, preset in PRESETS.items()}
+    named = {one for _, ids in groups.values() for one in ids}
+    groups["others"] = ("not of a text-guided preset", tuple(one for one in statuses if one not in named))
+    for name, (title, ids) in groups.items():
+        if not ids:
+            continue
+        session.say(Text.assemble((name, "bold"), f"  {title}"))
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for column in range(4):
             table.add_column(no_wrap=column < 3, justify="right" if column == 1 else "left")
-        for one in _weights_of(name):
+        for one in ids:
             status = statuses[one]
             size = readable_size(status.size) if status.size else ""
             about = Text.assemble(status.title, (f"; {status.licence}", "dim"))
@@ -122,8 +127,9 @@ def _weights_of(preset_name: str) -> tuple[str, ...]:
     """What a preset takes, with the choices it offers."""
     from FreqSegLib.presets import SAM_CHOICES
 
-    found = PRESETS[preset_name].weights
-    return found if PRESETS[preset_name].encoder == "lite" else tuple(dict.fromkeys((*found, *SAM_CHOICES)))
+    preset = PRESETS[preset_name]
+    found = preset.weights if preset.trained is None else (*preset.weights, preset.trained)
+    return found if preset.encoder == "lite" else tuple(dict.fromkeys((*found, *SAM_CHOICES)))
 
 
 def _expanded(names: Sequence[str]) -> list[str]:

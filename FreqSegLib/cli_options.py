@@ -69,7 +69,9 @@ def _parameter(item: Field[Any], hint: Any) -> inspect.Parameter:
         *names,
         help=item.metadata.get("help", "").replace("[", r"\["),
         rich_help_panel=PANEL,
-        show_default="preset's" if item.default is None and type(None) in get_args(hint) else True,
+        show_default=item.metadata.get("none", "preset's")
+        if item.default is None and type(None) in get_args(hint)
+        else True,
         **limits,
     )
     return inspect.Parameter(

@@ -74,6 +74,7 @@ class Found:
         return {
             "name": result.name,
             "meaning": result.meaning,
+            "method": result.method,
             "found": self.voxels > 0,
             "score": round(result.score, 6),
             "voxels": self.voxels,
@@ -150,6 +151,7 @@ class Summary:
                 ("■ ", f"rgb({red},{green},{blue})") if found.voxels else ("· ", "dim"),
                 (found.result.name, "bold"),
                 f": {found.sentence}",
+                (f", {found.result.method}", "dim"),
             )
         labels = self._labels()
         if labels:

@@ -65,11 +65,17 @@ def _lite(
     from FreqSegLib.clip.mini_lm import MiniLM
     from FreqSegLib.clip.prompts import PromptMatcher
     from FreqSegLib.sam.lite_medsam import LiteMedSAM
+    from FreqSegLib.text_trained import TrainedMethod
 
     folders = {weight: weights.require(weight) for weight in chosen.weights}
     tower = LiteMedSAM.from_checkpoint(folders["litemedsam"] / "lite_medsam.pth", device)
     text = MiniLM(folders["minilm"], device)
     aligner = Aligner.load(folders["lite-aligner"] / "aligner.safetensors", device)
+    assert chosen.trained is not None
+    trained = None
+    if weights.find(chosen.trained) is not None:
+        folder = weights.require(chosen.trained)
+        trained = TrainedMethod.load(folder, _weights_key((chosen.trained,)), text, device)
     return kind(
         LiteEncoder(tower, aligner, text),
         tower,
@@ -78,6 +84,7 @@ def _lite(
         settings=settings,
         tuning=read_tuning(folders["lite-aligner"]),
         matcher=PromptMatcher(text),
+        trained=trained,
         cache=cache,
         device=device,
     )

@@ -39,6 +39,7 @@ class Preset:
         frequency_branches: on by default (only where they helped on validation data).
         defaults: settings that are None take these.
         licence: of the weights together.
+        trained: id of the weights of its trained method, which it can do without; None where there is no such method.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Preset:
     frequency_branches: bool
     defaults: Mapping[str, Any]
     licence: str
+    trained: str | None = None
 
     def complete(self, settings: TextSegmentationSettings, tuning: Tuning | None = None) -> TextSegmentationSettings:
         """Fill every None: the user's value, else the meaning's tuning, else the preset's default."""
@@ -67,6 +69,7 @@ _COMMON: dict[str, Any] = {
     "threshold_value": 0.5,
     "confidence_threshold": 0.5,
     "num_contours": 0,
+    "refine": True,
     "prompt_kind": "boxes",
     "box_margin": 0.0,
 }
@@ -87,6 +90,7 @@ PRESETS: dict[str, Preset] = {
         frequency_branches=False,
         defaults={**_COMMON, "layer_idx": 3, "beta": 0.1, "contrast": True},
         licence="research, non-commercial (aligner trained on CC BY-NC-SA data); LiteMedSAM and MiniLM Apache-2.0",
+        trained="lite-text-guided",
     ),
     "biomedclip-sam": Preset(
         name="biomedclip-sam",

@@ -1,4 +1,4 @@
-"""Settings of the text-guided pipeline, declared once: command line, worker, presets and panel are made from these."""
+"""Settings of the pipelines, declared once: command line, worker, presets and panel are made from these."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from FreqSegLib.errors import SettingsError
 
 Axis = Literal["auto", "axial", "coronal", "sagittal"]
 Branches = Literal["auto", "off", "on"]
+Method = Literal["auto", "trained", "zero-shot"]
 Bottleneck = Literal["m2ib", "nib"]
 FusionMethod = Literal["adaptive", "simple", "cat_conv"]
 Threshold = Literal["otsu", "kmeans", "fixed"]
 PromptKind = Literal["boxes", "box", "points", "boxes+points"]
 Vote = Literal["single", "best", "mrm", "staple", "mean"]
+FusionName = Literal["multi-scale", "single-scale", "choose-max", "laplacian", "average", "max"]
+Registration = Literal["rigid"]
 
 
 def _option(default: Any, text: str, **limits: Any) -> Any:
@@ -25,6 +28,9 @@ def _option(default: Any, text: str, **limits: Any) -> Any:
 class TextSegmentationSettings:
     """Everything that shapes a result; None means the preset's own value."""
 
+    method: Method = _option(
+        "auto", "Coarse mask: trained on masks, zero-shot by saliency, or auto (trained for the targets it knows)."
+    )
     axis: Axis = _option("auto", "Slice the volume along this axis (auto: axial, or the thick axis).")
     intensity: str = _option(
         "auto", "Grey levels: auto, percentile, a CT window (brain, lung, soft, bone) or LEVEL/WIDTH."
@@ -50,7 +56,7 @@ class TextSegmentationSettings:
     )
     num_contours: int | None = _option(None, "Largest components kept a slice (0: all).", least=0, most=100)
     gate: bool = _option(True, "Leave slices empty where the target is judged absent.")
-    refine: bool = _option(True, "Refine the coarse mask with the SAM-family model.")
+    refine: bool | None = _option(None, "Refine the coarse mask with the SAM-family model.")
     prompt_kind: PromptKind | None = _option(None, "Visual prompts given to it.")
     num_points: int = _option(3, "Positive points a component.", least=1, most=50)
     negative_points: int = _option(0, "Negative points a slice.", least=0, most=50)
@@ -65,21 +71,53 @@ class TextSegmentationSettings:
     batch_size: int = _option(0, "Slices at once (0: chosen for the device).", least=0, most=1024)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is None:
-                continue
-            choices = _choices(hints[item.name])
-            if choices and value not in choices:
-                raise SettingsError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-            for kind, (types, wanted) in _PLAIN.items():
-                fits = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
-                if kind in (hints[item.name], *get_args(hints[item.name])) and not fits:
-                    raise SettingsError(f"{item.name} must be {wanted}, got {value!r}")
-            least, most = item.metadata.get("least"), item.metadata.get("most")
-            if least is not None and not least <= value <= most:
-                raise SettingsError(f"{item.name} must lie in {least} to {most}, got {value}")
+        _check_fields(self)
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """Everything that shapes a fused volume; None means the method's own value."""
+
+    method: FusionName = _option("multi-scale", "How to fuse: two trained networks, then classic rules.")
+    wave: str | None = _option(
+        None, "Wavelet of choose-max, or another one for a network (haar, db4 ...).", none="method's"
+    )
+    levels: int | None = _option(
+        None, "Wavelet levels of choose-max, or levels of the Laplacian pyramid.", none="method's", least=1, most=8
+    )
+    register: Registration | None = _option(None, "Lay the MR on the CT first: rigid (3D only).", none="off")
+    check: bool = _option(True, "Refuse pairs that do not lie on each other (off: take them as they are).")
+    ct_window: str = _option(
+        "auto",
+        "CT grey levels: auto (brain window; 8-bit images as they are), a window (brain, soft, bone, lung), "
+        "LEVEL/WIDTH or percentile.",
+    )
+    mr_intensity: str = _option("auto", "MR grey levels: auto (percentiles; 8-bit images as they are) or LEVEL/WIDTH.")
+    axis: Axis = _option("auto", "Slice the CT along this axis (auto: axial, or the thick axis).")
+    seed: int = _option(0, "Seed of the registration; the same seed gives the same result.", least=0, most=2**31 - 2)
+    batch_size: int = _option(0, "Slices at once (0: chosen by measuring).", least=0, most=1024)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+def _check_fields(settings: Any) -> None:
+    """Raises: SettingsError: a value of the wrong kind, or out of its field's choices or limits."""
+    hints = get_type_hints(type(settings))
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if value is None:
+            continue
+        choices = _choices(hints[item.name])
+        if choices and value not in choices:
+            raise SettingsError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+        for kind, (types, wanted) in _PLAIN.items():
+            fits = isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+            if kind in (hints[item.name], *get_args(hints[item.name])) and not fits:
+                raise SettingsError(f"{item.name} must be {wanted}, got {value!r}")
+        least, most = item.metadata.get("least"), item.metadata.get("most")
+        if least is not None and not least <= value <= most:
+            raise SettingsError(f"{item.name} must lie in {least} to {most}, got {value}")
 
 
 _PLAIN: dict[type, tuple[type, str]] = {

@@ -43,6 +43,8 @@ class PromptResult:
         color: RGB in [0, 1].
         meaning: what the prompt was understood as.
         intermediates: one a slice, when asked for.
+        method: "trained" or "zero-shot": where the coarse mask came from. Trained, ``saliency`` is the probability that
+            the pixel belongs to the target.
     """
 
     name: str
@@ -54,6 +56,7 @@ class PromptResult:
     color: tuple[float, float, float]
     meaning: str | None
     intermediates: tuple[Intermediate, ...] = ()
+    method: str = "zero-shot"
 
     @property
     def is_empty(self) -> bool:

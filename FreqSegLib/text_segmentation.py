@@ -25,6 +25,7 @@ from FreqSegLib.settings import TextSegmentationSettings
 from FreqSegLib.slices import Frame, SliceStack
 from FreqSegLib.text_results import Intermediate, PromptResult, Segmentation
 from FreqSegLib.text_stages import PreparedVolume, PromptRun, branch_images
+from FreqSegLib.text_trained import TrainedMethod, TrainedRun, require_trained
 from FreqSegLib.volume import Volume
 
 __all__ = [
@@ -60,6 +61,7 @@ class TextSegmenter:
         tuning: dict[str, Tuning] | None = None,
         matcher: PromptMatcher | None = None,
         fusion: AdaptiveFusion | None = None,
+        trained: TrainedMethod | None = None,
         cache: EmbeddingCache | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -74,13 +76,14 @@ class TextSegmenter:
             tuning: chosen on validation patients, by meaning.
             matcher: recognises the vocabulary's meanings; needed where the preset has a vocabulary.
             fusion: trained fusion of the frequency branches; identity if left out.
+            trained: model that draws the coarse mask of the targets it was trained on.
             cache, device: where to keep and compute.
         """
         self.encoder, self.refiner, self.preset = encoder, refiner, preset
         self.settings = settings or TextSegmentationSettings()
         self.tuning = tuning or {}
         self.matcher = matcher
-        self.fusion = fusion
+        self.fusion, self.trained = fusion, trained
         self.cache = cache or EmbeddingCache()
         self.device = device or torch.device("cpu")
         self._weights_key = weights_key
@@ -123,6 +126,10 @@ class TextSegmenter:
     def prepared(self) -> PreparedVolume | None:
         """The volume set last."""
         return self._prepared
+
+    def use(self, prepared: PreparedVolume) -> None:
+        """Go back to a volume this segmenter has read before; nothing is computed."""
+        self._prepared = prepared
 
     def set_volume(
         self,
@@ -193,12 +200,7 @@ class TextSegmenter:
             prepared = self.set_volume(prepared.volume, progress=progress, cancel=cancel, settings=asked)
         results, warnings = [], list(prepared.volume.warnings) + list(prepared.intensity.warnings)
         for prompt in matched:
-            tuning = self._tuning(prompt)
-            chosen = self.preset.complete(asked, tuning)
-            run = PromptRun(self, prepared, prompt, chosen, tuning, progress, cancel)
-            if self._branches(chosen) != prepared.branches:
-                prepared.branches = self._branches(chosen)
-                self._encode(prepared, chosen, progress, cancel)
+            run = self._run(prompt, asked, prepared, progress, cancel)
             text, nulls = run.texts()
             present = run.gate(text, nulls)
             saliencies = run.saliency(run.question(text), present)
@@ -212,6 +214,33 @@ class TextSegmenter:
             warnings += run.warnings
         return Segmentation(tuple(results), tuple(dict.fromkeys(warnings)), asked)
 
+    def _run(
+        self,
+        prompt: MatchedPrompt,
+        asked: TextSegmentationSettings,
+        prepared: PreparedVolume,
+        progress: ProgressCallback | None,
+        cancel: CancelCallback | None,
+    ) -> PromptRun:
+        """The stages for one prompt: trained where asked for and known, else zero-shot."""
+        if self._is_trained(prompt, asked):
+            assert self.trained is not None
+            tuning = _tuning_for(prompt, self.trained.tuning)
+            return TrainedRun(self, prepared, prompt, self.preset.complete(asked, tuning), tuning, progress, cancel)
+        tuning = _tuning_for(prompt, self.tuning)
+        chosen = self.preset.complete(asked, tuning)
+        if self._branches(chosen) != prepared.branches:
+            prepared.branches = self._branches(chosen)
+            self._encode(prepared, chosen, progress, cancel)
+        return PromptRun(self, prepared, prompt, chosen, tuning, progress, cancel)
+
+    def _is_trained(self, prompt: MatchedPrompt, asked: TextSegmentationSettings) -> bool:
+        if asked.method == "zero-shot":
+            return False
+        if asked.method == "trained":
+            require_trained(self.trained, prompt, self.preset)
+        return self.trained is not None and self.trained.knows(prompt)
+
     def _understand(self, prompts: Sequence[str], settings: TextSegmentationSettings) -> list[MatchedPrompt]:
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         if not cleaned:
@@ -224,10 +253,6 @@ class TextSegmenter:
         if settings.experimental or not self.preset.has_vocabulary:
             return [self.matcher.match(prompt) for prompt in cleaned]
         return [self.matcher.require(prompt) for prompt in cleaned]
-
-    def _tuning(self, prompt: MatchedPrompt) -> Tuning:
-        name = prompt.meaning.name if prompt.meaning else "*"
-        return self.tuning.get(name, self.tuning.get("*", Tuning()))
 
     def _branches(self, settings: TextSegmentationSettings) -> tuple[str, ...]:
         """A branch whose gate is closed is not computed."""
@@ -316,6 +341,10 @@ class TextSegmenter:
         images = torch.from_numpy(np.stack([prepared.image(index) for index in indices]))[:, None]
         return frame.to_frame(images)
 
+    def framed(self, prepared: PreparedVolume, indices: Sequence[int]) -> Tensor:
+        """Slices as the encoder's tower sees them, (B, 1, S, S) in [0, 1]."""
+        return self._framed(prepared, indices, prepared.frame)
+
     def embedding(self, prepared: PreparedVolume, index: int) -> Tensor:
         """The decoder's image embedding of one slice (1, 256, 64, 64), from the cache or computed and kept."""
         assert self.refiner is not None
@@ -340,3 +369,8 @@ class TextSegmenter:
             stored = self._tokens(pictures, [index], prepared, settings.layer_idx, branch).half()[0].cpu().numpy()
             self.cache.put(prepared.key, name, stored)
         return torch.from_numpy(stored).float()
+
+
+def _tuning_for(prompt: MatchedPrompt, tuning: dict[str, Tuning]) -> Tuning:
+    name = prompt.meaning.name if prompt.meaning else "*"
+    return tuning.get(name, tuning.get("*", Tuning()))

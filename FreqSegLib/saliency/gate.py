@@ -61,7 +61,12 @@ def margins(images: Tensor, text: Tensor, nulls: Tensor) -> Tensor:
 
 def presence(images: Tensor, text: Tensor, nulls: Tensor, calibration: Calibration) -> Presence:
     """Pass each slice, and then the volume, through the gate. See :func:`margins` for shapes."""
-    probability = calibration.probability(margins(images, text, nulls))
+    return judged(margins(images, text, nulls), calibration)
+
+
+def judged(evidence: Tensor, calibration: Calibration) -> Presence:
+    """Pass each slice by its evidence (S), the higher the surer, and then the volume by its best slice."""
+    probability = calibration.probability(evidence)
     passed = probability >= calibration.slice_threshold
     if len(probability) and probability.max() < calibration.volume_threshold:
         passed = torch.zeros_like(passed)
