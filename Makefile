@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help setup demo test test-all lint format bench pictures screenshots icon samples train-lite train-fusion \
-	evaluate clean
+	train-text-guided train-spectral evaluate clean
 
 help:
 	@echo "make demo        segment the simulated sample, picture in freqseg-demo/"
@@ -63,6 +63,12 @@ train-lite: setup
 
 train-fusion: setup
 	$(BIN)/freqseg train-fusion
+
+train-text-guided: setup
+	$(BIN)/freqseg train text-guided
+
+train-spectral: setup
+	for config in Resources/Configs/spectral-*.json; do $(BIN)/freqseg train-spectral $$config --data "$${FREQSEG_DATA:-../shared/data}" || exit 1; done
 
 clean:
 	rm -rf build freqseg-demo .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,8 @@ from typing import Any
 import qt
 import slicer
 import vtk
-from FreqSegPanel import geometry, segmentation_writer, vocabulary, volume_input
+from FreqSegPanel import fusion, geometry, segmentation_writer, vocabulary, volume_input
+from FreqSegPanel.fusion import FusionOptions, FusionReport
 from FreqSegPanel.packages import Packages
 from FreqSegPanel.sample_data import register_sample_data
 from FreqSegPanel.session import Options, Prompt, SegmentReport, Session, default_client
@@ -43,7 +44,8 @@ class FreqSeg(ScriptedLoadableModule):
         self.parent.contributors = ["FreqSeg contributors"]
         self.parent.helpText = _(
             'Type what you look for, such as "brain tumour", and get a segmentation. Choose a volume, type, and press '
-            "Apply. The built-in preset runs on a plain computer without a network. For research, not for diagnosis."
+            "Apply. The built-in preset runs on a plain computer without a network. A CT and an MR can be fused into "
+            "one volume. For research, not for diagnosis."
         )
         self.parent.helpText += self.getDefaultModuleDocumentationLink()
         self.parent.acknowledgementText = _(
@@ -64,6 +66,9 @@ class FreqSegParameterNode:
     inputVolume: vtkMRMLScalarVolumeNode
     region: vtkMRMLMarkupsROINode
     segmentation: vtkMRMLSegmentationNode
+    fuseCT: vtkMRMLScalarVolumeNode
+    fuseMR: vtkMRMLScalarVolumeNode
+    fuseOutput: vtkMRMLScalarVolumeNode
     prompts: str = ""
     preset: str = "lite"
     axis: str = "auto"
@@ -76,6 +81,13 @@ class FreqSegParameterNode:
     uncertainty: bool = False
     show3D: bool = False
     overlayOpacity: float = 0.6
+    fuseMethod: str = ""
+    fuseWave: str = ""
+    fuseLevels: int = 0
+    fuseRegister: bool = False
+    fuseMasks: bool = False
+    fuseShow: str = "alone"
+    fuseOpacity: float = 0.5
 
 
 class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
@@ -105,6 +117,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         """Build the panel. Neither torch nor the worker is started here."""
         ScriptedLoadableModuleWidget.setup(self)
         from FreqSegPanel.advanced_form import AdvancedForm
+        from FreqSegPanel.fuse_section import FuseSection
         from FreqSegPanel.look_section import LookSection
         from FreqSegPanel.models_section import ModelsSection
         from FreqSegPanel.prompts_table import PromptsTable
@@ -128,6 +141,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.prompts = PromptsTable(self.ui.promptsTable, self._edited)
         self.advanced = AdvancedForm(self.ui.advancedLayout, self._edited)
         self.refine = RefineSection(self.ui, self)
+        self.fuse = FuseSection(self.ui, self)
         self.look = LookSection(self.ui, self)
         self.models = ModelsSection(self.ui, self)
 
@@ -179,8 +193,10 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._parameterNode = None
 
     def onSceneStartClose(self, caller, event) -> None:
+        sentence = _("The scene was closed; the run was stopped.")
         if self._task is not None:
-            self.session.runner.abandon(self._task, _("The scene was closed; the run was stopped."))
+            self.session.runner.abandon(self._task, sentence)
+        self.fuse.abandon(sentence)
         self.refine.forget()
         self._observe_segmentation(None)
         self.setParameterNode(None)
@@ -211,6 +227,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             node = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
             if node is not None and not node.IsA("vtkMRMLLabelMapVolumeNode"):
                 parameters.inputVolume = node
+        self.fuse.guess()
 
     def setParameterNode(self, node: FreqSegParameterNode | None) -> None:
         if self._parameterNode:
@@ -225,6 +242,11 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._parameters_changed()
 
     # What the panel is set to
+
+    @property
+    def parameters(self) -> FreqSegParameterNode | None:
+        """None while another module is open, or the scene is being closed."""
+        return self._parameterNode
 
     @property
     def volume(self):
@@ -243,6 +265,10 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         return self._task is not None and not self._task.finished
 
     @property
+    def device(self) -> str:
+        return self._chosen(self.ui.deviceComboBox)
+
+    @property
     def preset(self) -> vocabulary.KnownPreset:
         return self._known_presets[max(self.ui.presetComboBox.currentIndex, 0)]
 
@@ -259,7 +285,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         own = preset.name == vocabulary.OWN_WEIGHTS
         return Options(
             preset.library_name,
-            self._chosen(self.ui.deviceComboBox),
+            self.device,
             settings,
             self._parameterNode.uncertainty,
             (self._chosen(self.ui.samModelComboBox) or None) if preset.takes_other_weights else None,
@@ -338,7 +364,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         parameters.preset = self.preset.name
         parameters.axis = self._chosen(self.ui.axisComboBox)
         parameters.method = self._chosen(self.ui.methodComboBox)
-        parameters.device = self._chosen(self.ui.deviceComboBox)
+        parameters.device = self.device
         parameters.samModel = self._chosen(self.ui.samModelComboBox)
         parameters.clipFolder = self.ui.clipFolderEdit.currentPath
         parameters.samFile = self.ui.samFileEdit.currentPath
@@ -376,6 +402,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.ownWeightsWidget.setVisible(preset.takes_other_weights)
         for widget in (self.ui.clipFolderLabel, self.ui.clipFolderEdit, self.ui.samFileLabel, self.ui.samFileEdit):
             widget.setVisible(own)
+        self.fuse.show_parameters()
         self._observe_segmentation(parameters.segmentation)
         self._updating = False
         self._update()
@@ -395,6 +422,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.editorButton.setEnabled(node is not None)
         if self._parameterNode is not None:
             self.refine.update()
+            self.fuse.update()
             self.look.update()
         if not self.busy and not self._has_message:
             self.say(reason or self._caution())
@@ -470,7 +498,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def restart_worker(self) -> None:
         """After packages or folders changed: the next run starts another worker."""
-        if self.session.started and not self.busy:
+        if self.session.started and not self.busy and not self.fuse.busy:
             self.session.restart()
 
     def _tick(self) -> None:
@@ -480,7 +508,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.session.runner.tick()
 
     def onApplyButton(self) -> None:
-        if self.why_not_apply() or not self._ready():
+        if self.why_not_apply() or not self.ready():
             return
         parameters = self._parameterNode
         self._has_message = True
@@ -500,7 +528,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         )
 
     def onPreviewButton(self) -> None:
-        if self.why_not_apply() or not self._ready():
+        if self.why_not_apply() or not self.ready():
             return
         volume = self.volume
         along = geometry.stack_axis(volume, self._chosen(self.ui.axisComboBox))
@@ -543,19 +571,19 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self._has_message = True
             self.say(_("The Segment Editor could not be opened. Choose it in the list of modules."), True)
 
-    def _ready(self) -> bool:
-        """Whether the Python packages are there, after asking once."""
+    def ready(self, label=None) -> bool:
+        """Whether the Python packages are there, after asking once; what is to be said is said in ``label``."""
         if self._packages_found:
             return True
 
         def say(sentence: str) -> None:
-            self.say(sentence)
+            self.say(sentence, label=label)
             slicer.app.processEvents()
 
         sentence = self.packages.ensure(say)
         self._has_message = bool(sentence)
         if sentence:
-            self.say(sentence, True)
+            self.say(sentence, True, label)
         self._packages_found = not sentence
         return self._packages_found
 
@@ -722,6 +750,50 @@ class FreqSegLogic(ScriptedLoadableModuleLogic):
         task = self.session.task(work, (volumeNode, segmentationNode), on_progress=progress)
         return self.session.runner.finish(task) if waitForCompletion else task
 
+    def fuse(
+        self,
+        ctNode,
+        mrNode,
+        outputNode=None,
+        *,
+        method: str = "",
+        wave: str | None = None,
+        levels: int | None = None,
+        register: bool = False,
+        check: bool = True,
+        masks: bool = False,
+        device: str = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        waitForCompletion: bool = True,
+    ) -> FusionReport | Task:
+        """Fuse a CT and an MR of one patient into a volume on the CT's grid, grey levels 0 to 255.
+
+        Args:
+            ctNode, mrNode: the two volumes, where their parent transforms put them.
+            outputNode: the scalar volume to write into; a new one is made without it.
+            method: one of FreqSegLib.fusion.METHODS; the first whose weights are here if left out.
+            wave, levels: in place of the method's own.
+            register: lay the MR on the CT first, rigidly. Neither source is moved in the scene.
+            check: refuse a pair that does not lie on each other.
+            masks: also make volumes of the CT's share of every band, in per cent.
+            device: "auto", "cpu" or "cuda".
+            progress: called with stage, done, total and seconds left.
+            waitForCompletion: without it a task is returned at once, to be driven by ``logic.session.runner.tick()``.
+
+        Returns:
+            The report: the fused volume, the bands' volumes, sentences, warnings, and the record of how it was made.
+
+        Raises:
+            Trouble: with a sentence, and a code such as "input" or "not_registered".
+        """
+        sentence = fusion.why_not(ctNode, mrNode, outputNode)
+        if sentence:
+            raise Trouble("input", sentence)
+        chosen = FusionOptions(method or fusion.usual_method(), wave, levels, register, check, masks, device)
+        work = fusion.fuse_work(self.session, ctNode, mrNode, outputNode, chosen)
+        task = self.session.task(work, (ctNode, mrNode, outputNode), on_progress=progress)
+        return self.session.runner.finish(task) if waitForCompletion else task
+
     def close(self) -> None:
         """End the worker."""
         self.session.close()
@@ -744,6 +816,8 @@ class FreqSegTest(ScriptedLoadableModuleTest):
     def runTest(self) -> None:
         self.setUp()
         self.test_the_simulated_tumour_is_found()
+        self.setUp()
+        self.test_the_simulated_pair_is_fused()
 
     def test_the_simulated_tumour_is_found(self) -> None:
         from FreqSegPanel.sample_data import sample_path
@@ -767,4 +841,21 @@ class FreqSegTest(ScriptedLoadableModuleTest):
             logic.close()
         mask = slicer.util.arrayFromSegmentBinaryLabelmap(report.segmentation_node, report.segment_ids[0], volume)
         assert mask.sum() > 0, "the simulated tumour was not found"
+        self.delayDisplay(_("Test passed"))
+
+    def test_the_simulated_pair_is_fused(self) -> None:
+        from FreqSegPanel.sample_data import sample_path
+
+        ct, mr = (slicer.util.loadVolume(str(sample_path(f"simulated_{kind}.nrrd"))) for kind in ("ct", "flair"))
+        missing = Packages().missing()
+        if missing:
+            self.delayDisplay(_("Packages are missing: {names}.").format(names=", ".join(missing)))
+            return
+        logic = FreqSegLogic()
+        try:
+            report = logic.fuse(ct, mr, method="choose-max")
+        finally:
+            logic.close()
+        fused, bone = slicer.util.arrayFromVolume(report.output_node), slicer.util.arrayFromVolume(ct) > 700
+        assert fused[bone].mean() > 2 * fused[~bone].mean(), "the CT's bone is not in the fused volume"
         self.delayDisplay(_("Test passed"))

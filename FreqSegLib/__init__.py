@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 from FreqSegLib.errors import FreqSegError
 
 __version__ = "0.1.0"
-__all__ = ["FreqSegError", "TextSegmenter", "Volume", "__version__"]
+__all__ = ["FreqSegError", "TextSegmenter", "Volume", "VolumeFuser", "__version__"]
 
 if TYPE_CHECKING:
     from FreqSegLib.text_segmentation import TextSegmenter
     from FreqSegLib.volume import Volume
+    from FreqSegLib.volume_fusion import VolumeFuser
 
-_LATE = {"TextSegmenter": "FreqSegLib.text_segmentation", "Volume": "FreqSegLib.volume"}
+_LATE = {
+    "TextSegmenter": "FreqSegLib.text_segmentation",
+    "Volume": "FreqSegLib.volume",
+    "VolumeFuser": "FreqSegLib.volume_fusion",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
@@ -77,6 +78,59 @@ class Batches:
             # only after the except block has the error let go of the failed batch's tensors
             self.batch_size = len(indices) // 2
             release_memory()
+
+
+class MeasuredBatches(Batches):
+    """Batches whose size is found by measuring, while the work is done.
+
+    Each size is tried three times, and the better of the last two counts, since other programs disturb single times.
+    Sizes double as long as an item takes clearly less time than before, up to ``most``; then the best size stays. On a
+    CPU that often is one item at a time.
+    """
+
+    GAIN = 0.9
+    TRIES = 3
+
+    def __init__(self, most: int) -> None:
+        super().__init__(1)
+        self.most = max(1, most)
+        self.seconds: dict[int, float] = {}
+        """Seconds an item, by batch size, as measured so far."""
+        self._settled = most == 1
+        self._times: list[float] = []
+
+    def run(self, count: int, work: Callable[[range], Result]) -> Iterator[tuple[range, Result]]:
+        """As :meth:`Batches.run`."""
+        return super().run(count, self._timed(work))
+
+    def _timed(self, work: Callable[[range], Result]) -> Callable[[range], Result]:
+        def timed(indices: range) -> Result:
+            size = self.batch_size
+            started = time.perf_counter()
+            try:
+                result = work(indices)
+            except Exception:
+                # a size that does not fit must not be tried again
+                self._settled = True
+                raise
+            if not self._settled and len(indices) == size:
+                self._times.append((time.perf_counter() - started) / size)
+                if len(self._times) == self.TRIES:
+                    self._learn(size, min(self._times[1:]))
+                    self._times = []
+            return result
+
+        return timed
+
+    def _learn(self, size: int, seconds: float) -> None:
+        before = self.seconds.get(size // 2)
+        self.seconds[size] = seconds
+        if before is not None and seconds > self.GAIN * before:
+            self.batch_size, self._settled = size // 2, True
+        elif 2 * size > self.most:
+            self._settled = True
+        else:
+            self.batch_size = 2 * size
 
 
 def is_out_of_memory(error: BaseException) -> bool:

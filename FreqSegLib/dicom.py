@@ -84,6 +84,9 @@ class _Instance:
     """(3,) LPS mm, or empty."""
     orientation: tuple[float, ...]
     """(6,) cosines of a row and of a column, or empty."""
+    patient: str
+    """Name and ID."""
+    frame_of_reference: str
     moment: tuple[float, ...]
     """What tells images at the same place apart, in the order they were made."""
 
@@ -284,6 +287,8 @@ def _instance(path: Path) -> _Instance | None:
         thickness=number("0018|0088") or number("0018|0050"),
         position=numbers("0020|0032", 3),
         orientation=numbers("0020|0037", 6),
+        patient=" ".join(word for word in (text("0010|0010"), text("0010|0020")) if word),
+        frame_of_reference=text("0020|0052"),
         moment=(
             number("0020|0100"),
             number("0018|0086"),
@@ -313,6 +318,8 @@ def _volume(instances: list[_Instance], frame: int | None, warnings: list[str]) 
         spatial_dimension=content.spatial_dimension,
         description=first.description,
         warnings=(*warnings, *content.warnings),
+        patient=first.patient,
+        frame_of_reference=first.frame_of_reference,
     )
 
 

@@ -19,6 +19,12 @@ class InputError(FreqSegError):
     code = "input"
 
 
+class NotRegisteredError(InputError):
+    """Two volumes that do not lie on each other; registering them may help."""
+
+    code = "not_registered"
+
+
 class SettingsError(FreqSegError):
     """A setting, prompt or preset that does not exist or is out of range."""
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 WRITABLE = (".nrrd", ".seg.nrrd", ".nhdr", ".nii", ".nii.gz", ".mha", ".mhd", ".png", ".tif", ".tiff")
+KEEP_NOTES = (".nrrd", ".nhdr", ".mha", ".mhd")
+"""Formats whose header keeps ``Volume.notes``."""
+_NOTES = "freqseg_"
 _PICTURE_TYPES = {".png": ("uint8", "uint16"), ".tif": ("uint8", "uint16", "float32")}
 _PNG_GREY_ALPHA = 4
 _SHEAR_TOLERANCE = 1e-4
@@ -122,6 +125,9 @@ def save(path: Path, volume: Volume) -> None:
     if not flat:
         image.SetOrigin([float(value) for value in volume.origin])
         image.SetDirection([float(value) for value in volume.direction.ravel()])
+    if suffix_of(path) in KEEP_NOTES:
+        for name, text in volume.notes.items():
+            image.SetMetaData(name, text)
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         sitk.WriteImage(image, str(path), useCompression=not flat)
@@ -178,6 +184,7 @@ def _volume(path: Path, image: Any, frame: int | None) -> Volume:
         name=stem_of(path),
         spatial_dimension=min(image.GetDimension(), 3),
         warnings=tuple(warnings),
+        notes={key: image.GetMetaData(key) for key in image.GetMetaDataKeys() if key.startswith(_NOTES)},
     )
 
 

@@ -90,6 +90,13 @@ def normalise(volume: Volume, modality_or_window: str = "auto") -> Normalised:
     return _between_percentiles(volume, low, high)
 
 
+def in_hounsfield_units(volume: Volume) -> bool:
+    """Whether a volume is a CT whose window can be chosen: it says so or looks like it, in more than 8 bits."""
+    if volume.array.dtype.itemsize == 1:
+        return False
+    return _says_ct(volume) or _looks_like_hounsfield(volume, float(volume.array.min()))
+
+
 def _window(text: str) -> tuple[str, float, float] | None:
     """(name, level, width) if ``text`` is a window, None if it names a modality or ``auto``."""
     name = text.strip().lower()

@@ -22,8 +22,9 @@ whatever the region of interest.
 
 Codes of errors: ``cancelled``; ``request`` (unknown request, missing or wrong field, a line that is no JSON);
 ``volume_unknown`` (set the volume again; :class:`FreqSegLib.worker_client.WorkerClient` does so by itself);
-``not_available`` (a pipeline this version lacks); ``weights``, ``input``, ``settings``, ``vocabulary``, ``output``,
-``device``, ``error`` (:mod:`FreqSegLib.errors`); ``memory``; ``cannot_start`` (no worker, or a package is missing);
+``not_available`` (a pipeline this version lacks); ``weights``, ``input``, ``not_registered``, ``settings``,
+``vocabulary``, ``output``, ``device``, ``error`` (:mod:`FreqSegLib.errors`); ``memory``; ``cannot_start``
+(no worker, or a package is missing);
 ``worker_gone`` (the worker ended; the next request starts another); ``internal`` (a defect of FreqSeg).
 """
 
@@ -186,7 +187,8 @@ class Segment:
         segments: in the order of the prompts, each {name, mask: described uint8 (k, j, i), saliency: described float32
             in [0, 1], uncertainty: described float32 or null, score: probability that the target is there,
             slice_scores: the same a slice of the region, color: [r, g, b] in [0, 1], meaning: what the prompt was
-            understood as or null, empty: bool, sentence: what was found, for the user}.
+            understood as or null, method: "trained" or "zero-shot", empty: bool, sentence: what was found, for the
+            user}.
         warnings, ran ("Looking", "Drawing", ...), encoded: as for ``set_volume``. A prompt asked before with the same
             settings is answered from what was kept, and runs nothing.
     """

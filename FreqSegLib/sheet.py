@@ -120,7 +120,8 @@ class _Panel:
 
 
 def _panels(result: PromptResult, item: Intermediate) -> list[_Panel]:
-    names = {"raw": "Saliency of the input", "low": "Saliency, low frequencies", "high": "Saliency, high frequencies"}
+    first = "Probability" if result.method == "trained" else "Saliency of the input"
+    names = {"raw": first, "low": "Saliency, low frequencies", "high": "Saliency, high frequencies"}
     panels = [
         _Panel("Input"),
         *(

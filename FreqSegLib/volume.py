@@ -6,7 +6,8 @@ Nothing here or downstream flips anything by hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ class Volume:
     """The DICOM series description, or empty."""
     warnings: tuple[str, ...] = ()
     """What the user should know about how the file was read."""
+    patient: str = ""
+    """DICOM's patient name and ID, only to tell whether two volumes are of one person; never written."""
+    frame_of_reference: str = ""
+    """DICOM's UID of what positions refer to; positions under different ones do not compare."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """How the volume was made, by name (``freqseg_...``): kept in the header of NRRD and MetaImage files."""
 
     def __post_init__(self) -> None:
         if self.array.ndim != 3 or self.array.size == 0:

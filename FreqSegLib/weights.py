@@ -578,13 +578,22 @@ def _status(entry: WeightSet) -> Status:
     return Status(entry.id, entry.title, entry.size, entry.licence, state, folder, _way_out(entry))
 
 
+_TRAINED_BY = {
+    "lite-aligner": "train-lite",
+    "lite-text-guided": "train-text-guided",
+    "fusion-single-scale": "train-fusion",
+    "fusion-multi-scale": "train-fusion",
+}
+
+
 def _way_out(entry: WeightSet) -> str:
     if all(file.sources for file in entry.files):
         return (
             f"Run 'freqseg models get {entry.id}' where there is a network, or copy its files to "
             f"{user_folder() / entry.id}."
         )
-    return "They are shipped with FreqSeg: reinstall it, or run 'make train-lite' in a checkout."
+    command = _TRAINED_BY.get(entry.id, entry.id)
+    return f"They are shipped with FreqSeg: reinstall it, or run 'make {command}' in a checkout."
 
 
 def _origin(source: Source) -> str:
@@ -712,7 +721,31 @@ _SETS = (
         "lite-aligner",
         "Aligner of the lite preset (trained for FreqSeg)",
         (WeightFile("aligner.safetensors", None, None),),
-        "Apache-2.0",
+        "research, non-commercial",
+        "",
+        "Shipped with FreqSeg; its model card lies beside it.",
+    ),
+    WeightSet(
+        "lite-text-guided",
+        "Text-guided segmentation of the lite preset (trained for FreqSeg)",
+        (WeightFile("text_guided.safetensors", None, None),),
+        "research, non-commercial",
+        "",
+        "Shipped with FreqSeg; its model card lies beside it. Without it the lite preset works zero-shot.",
+    ),
+    WeightSet(
+        "fusion-single-scale",
+        "Small CT/MR fusion network (trained for FreqSeg)",
+        (WeightFile("fusion.safetensors", None, None),),
+        "research, non-commercial",
+        "",
+        "Shipped with FreqSeg; its model card lies beside it.",
+    ),
+    WeightSet(
+        "fusion-multi-scale",
+        "Large CT/MR fusion network (trained for FreqSeg)",
+        (WeightFile("fusion.safetensors", None, None),),
+        "research, non-commercial",
         "",
         "Shipped with FreqSeg; its model card lies beside it.",
     ),

@@ -637,6 +637,7 @@ def _written(
         "slice_scores": [float(score) for score in result.slice_scores],
         "color": [float(part) for part in result.color],
         "meaning": result.meaning,
+        "method": result.method,
         "empty": result.is_empty,
         "sentence": sentence(result, volume),
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (1600, 1000)
+REAL_CASE = "TCGA_CS_6668"
 LESION_CENTRE = (31.0, -13.0, 31.0)
 """RAS in mm, as Resources/Samples/README.md gives it in LPS."""
 
@@ -54,7 +55,9 @@ class Screenshots:
         self.segment()
         self.refine()
         self.look_inside()
+        self.fuse()
         self.models()
+        self.real()
 
     def segment(self) -> None:
         self.ui.inputVolumeSelector.setCurrentNode(self.volume)
@@ -94,10 +97,79 @@ class Screenshots:
         self.ui.hideLooksButton.click()
         self.ui.lookSection.setProperty("collapsed", True)
 
+    def fuse(self) -> None:
+        """The simulated CT and FLAIR beside what they became."""
+        util = self.slicer.util
+        ct = util.loadVolume(str(ROOT / "Resources" / "Samples" / "simulated_ct.nrrd"), {"show": False})
+        ct.SetName("Simulated CT")
+        ct.GetDisplayNode().AutoWindowLevelOff()
+        ct.GetDisplayNode().SetWindowLevel(80, 40)
+        if self.panel.segmentation is not None:
+            self.panel.segmentation.GetDisplayNode().SetVisibility2D(False)
+        self.ui.segmentSection.setProperty("collapsed", True)
+        self.ui.fuseSection.setProperty("collapsed", False)
+        self.ui.fuseCTSelector.setCurrentNode(ct)
+        self.ui.fuseMRSelector.setCurrentNode(self.volume)
+        self.ui.fuseButton.click()
+        self.wait(lambda: not self.panel.fuse.busy)
+        fused = self.panel.parameters.fuseOutput
+        if fused is None:
+            raise SystemExit(f"nothing was fused: {self.ui.fuseStatusLabel.text}")
+        self.compare([ct, self.volume, fused])
+        shown = self.slicer.mrmlScene.GetNodeByID("vtkMRMLSliceNodeYellow")
+        shown.SetSliceVisible(True)
+        self.grab("fuse.png", arrange=False)
+        shown.SetSliceVisible(False)
+        if self.panel.segmentation is not None:
+            self.panel.segmentation.GetDisplayNode().SetVisibility2D(True)
+        self.ui.fuseSection.setProperty("collapsed", True)
+
+    def compare(self, volumes: list[Any]) -> None:
+        """The same axial slice of three volumes, one in every slice view."""
+        for name, volume in zip(("Red", "Green", "Yellow"), volumes, strict=True):
+            composite = self.slicer.mrmlScene.GetNodeByID(f"vtkMRMLSliceCompositeNode{name}")
+            composite.SetBackgroundVolumeID(volume.GetID())
+            composite.SetForegroundVolumeID(None)
+            self.slicer.mrmlScene.GetNodeByID(f"vtkMRMLSliceNode{name}").SetOrientationToAxial()
+        self.slicer.util.resetSliceViews()
+
     def models(self) -> None:
         self.ui.modelsSection.setProperty("collapsed", False)
         self.wait(lambda: self.ui.modelsTable.rowCount > 0 and not self.panel.models.busy)
         self.grab("models.png")
+
+    def real(self) -> None:
+        """A FLAIR volume of the test set (TCGA-LGG), where the real images are at hand; not the best of the eight."""
+        import numpy as np
+        from vtk import vtkMatrix4x4
+
+        sys.path.insert(0, str(ROOT))
+        from FreqSegLib.evaluation.cases import default_data_folder
+
+        folder = default_data_folder() / "segmentation" / "lgg_flair" / "test"
+        images = sorted(folder.glob(f"{REAL_CASE}*_flair.nii.gz"))
+        if not images:
+            print(f"no real images in {folder}: real.png stays as it is")
+            return
+        util = self.slicer.util
+        truth_node = util.loadVolume(str(images[0]).replace("_flair.nii", "_mask.nii"), {"show": False})
+        middle = np.argwhere(util.arrayFromVolume(truth_node) > 0).mean(axis=0)[::-1]
+        to_world = vtkMatrix4x4()
+        truth_node.GetIJKToRASMatrix(to_world)
+        place = [to_world.MultiplyPoint((*middle, 1.0))[axis] for axis in range(3)]
+        self.slicer.mrmlScene.RemoveNode(truth_node)
+        self.volume = util.loadVolume(str(images[0]))
+        self.volume.SetName(f"FLAIR, {REAL_CASE}")
+        for section in (self.ui.modelsSection, self.ui.fuseSection, self.ui.lookSection):
+            section.setProperty("collapsed", True)
+        self.ui.segmentSection.setProperty("collapsed", False)
+        self.ui.inputVolumeSelector.setCurrentNode(self.volume)
+        self.ui.promptsTable.cellWidget(0, 0).setEditText("brain tumour")
+        self.ui.uncertaintyCheckBox.setChecked(False)
+        self.app.process(0.2)
+        self.ui.applyButton.click()
+        self.wait(lambda: not self.panel.busy)
+        self.grab("real.png", place)
 
     def thumbnails(self) -> None:
         """Pictures of the samples for Slicer's Sample Data module."""

@@ -46,6 +46,32 @@ def ijk_to_lps(volume_node) -> np.ndarray:
     return RAS_TO_LPS @ ijk_to_ras(volume_node)
 
 
+def ijk_to_ras_of(volume_node, other) -> np.ndarray | None:
+    """(4, 4) from voxel indices to another node's own RAS, through the parent transforms of both.
+
+    None where what lies between them is not linear.
+    """
+    between = vtk.vtkMatrix4x4()
+    source, target = volume_node.GetParentTransformNode(), other.GetParentTransformNode()
+    if source is target:
+        return ijk_to_ras(volume_node)
+    if not slicer.vtkMRMLTransformNode.GetMatrixTransformBetweenNodes(source, target, between):
+        return None
+    return matrix_array(between) @ ijk_to_ras(volume_node)
+
+
+def boxes_meet(volume_node, other) -> bool:
+    """Whether the box around one volume, as the other one's axes have it, reaches into the other one."""
+    matrix = ijk_to_ras_of(volume_node, other)
+    if matrix is None:
+        return True
+    to_other = np.linalg.inv(ijk_to_ras(other)) @ matrix
+    ends = np.array(list(product(*((-0.5, count - 0.5) for count in dimensions(volume_node)))))
+    corners = ends @ to_other[:3, :3].T + to_other[:3, 3]
+    size = np.array(dimensions(other))
+    return bool((corners.max(axis=0) > -0.5).all() and (corners.min(axis=0) < size - 0.5).all())
+
+
 def dimensions(volume_node) -> tuple[int, int, int]:
     """Voxels along i, j, k; zeros without an image."""
     image = volume_node.GetImageData()

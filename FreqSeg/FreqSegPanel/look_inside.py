@@ -23,6 +23,7 @@ _COLORS = {
     "uncertainty": ("FileViridis.txt", "Ocean"),
     "low": ("Grey",),
     "high": ("Grey",),
+    "share": ("FileViridis.txt", "Ocean"),
 }
 
 
@@ -92,15 +93,7 @@ def mask_work(segmentation_node, segment_id: str, volume_node) -> Work:
 def add_work(volume_node, look: Look, of: str) -> Work:
     """A volume node on another one's grid, filled piece by piece; an earlier one of the same look is replaced."""
     volume_input.require_present(volume_node)
-    array = look.values
-    image = vtk.vtkImageData()
-    image.SetDimensions(array.shape[2], array.shape[1], array.shape[0])
-    image.AllocateScalars(vtk.VTK_UNSIGNED_CHAR if look.kind == "mask" else vtk.VTK_FLOAT, 1)
-    into = geometry.image_array(image)
-    layers = max(1, COPY_VOXELS // (array.shape[1] * array.shape[2]))
-    for start in range(0, array.shape[0], layers):
-        into[start : start + layers] = array[start : start + layers]
-        yield None
+    image = yield from image_of(look.values)
     volume_input.require_present(volume_node)
     node = _find(look.kind, of) or _new_node(look, of)
     node.SetName(look.name)
@@ -116,6 +109,19 @@ def add_work(volume_node, look: Look, of: str) -> Work:
             display.ApplyThresholdOn()
     subject_hierarchy.put_beside(node, volume_node)
     return node
+
+
+def image_of(array: np.ndarray) -> Work:
+    """Task part: a vtkImageData of a (k, j, i) array, uint8 or else float32, filled piece by piece."""
+    image = vtk.vtkImageData()
+    image.SetDimensions(array.shape[2], array.shape[1], array.shape[0])
+    image.AllocateScalars(vtk.VTK_UNSIGNED_CHAR if array.dtype == np.uint8 else vtk.VTK_FLOAT, 1)
+    into = geometry.image_array(image)
+    layers = max(1, COPY_VOXELS // (array.shape[1] * array.shape[2]))
+    for start in range(0, array.shape[0], layers):
+        into[start : start + layers] = array[start : start + layers]
+        yield None
+    return image
 
 
 def overlay(volume_node, node, opacity: float) -> None:

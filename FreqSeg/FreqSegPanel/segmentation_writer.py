@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import slicer
-import vtk
 from slicer.i18n import tr as _
 
 from . import geometry, subject_hierarchy, terminology
@@ -89,17 +88,14 @@ def volume_to_segmentation(volume_node, segmentation_node) -> np.ndarray:
     Raises:
         Trouble: a transform between them is not linear.
     """
-    between = vtk.vtkMatrix4x4()
-    source, target = volume_node.GetParentTransformNode(), segmentation_node.GetParentTransformNode()
-    if source is target:
-        return geometry.ijk_to_ras(volume_node)
-    if not slicer.vtkMRMLTransformNode.GetMatrixTransformBetweenNodes(source, target, between):
+    matrix = geometry.ijk_to_ras_of(volume_node, segmentation_node)
+    if matrix is None:
         sentence = _(
             "'{volume}' and '{segmentation}' lie under different transforms, one of them not linear. Harden it in the "
             "Transforms module, or choose a new segmentation."
         )
         raise Trouble("input", sentence.format(volume=volume_node.GetName(), segmentation=segmentation_node.GetName()))
-    return geometry.matrix_array(between) @ geometry.ijk_to_ras(volume_node)
+    return matrix
 
 
 def other_grid_note(volume_node, segmentation_node) -> str:

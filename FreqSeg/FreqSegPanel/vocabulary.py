@@ -24,6 +24,17 @@ class KnownTarget:
 
 
 @dataclass(frozen=True)
+class KnownFusion:
+    """One way to fuse, and what can be set of it. ``is_here`` is false for a network without its weights."""
+
+    name: str
+    title: str
+    takes_wave: bool
+    takes_levels: bool
+    is_here: bool
+
+
+@dataclass(frozen=True)
 class KnownPreset:
     """One entry of the preset list. ``library_name`` is what the worker is told."""
 
@@ -79,6 +90,42 @@ def methods() -> list[tuple[str, str]]:
         "trained": _("Trained on outlines"),
     }
     return [(name, titles.get(name, name)) for name in names]
+
+
+def fusions() -> list[KnownFusion]:
+    """All ways to fuse a CT and an MR, trained networks first."""
+    find_library()
+    from FreqSegLib import weights
+    from FreqSegLib.errors import WeightsError
+    from FreqSegLib.fusion import METHODS
+
+    networks = {
+        "multi-scale": _("Multi-scale network"),
+        "single-scale": _("Single-scale network"),
+    }
+    rules = {
+        "choose-max": _("Wavelet choose-max"),
+        "laplacian": _("Laplacian pyramid"),
+        "average": _("Average"),
+        "max": _("Brighter voxel"),
+    }
+
+    def is_here(name: str) -> bool:
+        try:
+            return weights.find(f"fusion-{name}") is not None
+        except WeightsError:
+            return False
+
+    return [
+        KnownFusion(
+            name,
+            networks.get(name) or rules.get(name, name),
+            name in networks or name == "choose-max",
+            name in ("choose-max", "laplacian"),
+            name not in networks or is_here(name),
+        )
+        for name in METHODS
+    ]
 
 
 def sam_choices() -> list[str]:

@@ -204,10 +204,10 @@ class LiteRecipe:
     """
 
     seed: int = 0
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600, validate_every=50, patience=8))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=400, validate_every=40, patience=6))
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    tune_cases: int = 14
-    tune_slices: int = 14
+    tune_cases: int = 8
+    tune_slices: int = 10
 
 
 def train_lite(

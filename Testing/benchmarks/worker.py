@@ -126,6 +126,7 @@ class _Found:
     score: float = 1.0
     color: tuple[float, float, float] = (0.5, 0.5, 0.5)
     meaning: None = None
+    method: str = "zero-shot"
     is_empty: bool = False
 
 

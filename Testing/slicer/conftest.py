@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stand_in import Application
 
 HERE = Path(__file__).resolve().parent
+MODULE = HERE.parents[1] / "FreqSeg" / "FreqSeg.py"
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,30 @@ def app(slicer_application: Application) -> Iterator[Application]:
     raised = list(slicer_application.exceptions)
     slicer_application.reset()
     assert not raised, f"slots or observers raised: {raised}"
+
+
+@pytest.fixture
+def fake(app: Application) -> Iterator[Any]:
+    """A client without a worker."""
+    from fake_client import FakeClient
+
+    client = FakeClient()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def open_panel(app: Application, fake: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Opens the panel with the light client and all packages there."""
+
+    def opened(client: Any = fake) -> Any:
+        import slicer
+
+        app.load_module(MODULE, enter=False)
+        monkeypatch.setattr(sys.modules["FreqSeg"], "_client_of_the_user", lambda: client)
+        monkeypatch.setattr(sys.modules["FreqSegPanel.packages"], "missing_packages", list)
+        slicer.util.selectModule("FreqSeg")
+        app.process()
+        return slicer.util.getModuleWidget("FreqSeg")
+
+    return opened

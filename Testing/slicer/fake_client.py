@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections import deque
@@ -56,6 +57,8 @@ class FakeClient:
         self.closed = False
         self.released: list[str] = []
         self.models: list[dict[str, Any]] = []
+        self.transform: list[list[float]] | None = None
+        self.fusion_warnings: list[str] = []
         self._volumes: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
         self._pending: dict[str, list[Any]] = {}
         self._events: deque[FakeEvent] = deque()
@@ -80,7 +83,7 @@ class FakeClient:
             pending = self._pending[number]
             pending[2] -= 1
             if pending[2] > 0:
-                stage = "Reading slices" if pending[0] == "set_volume" else "Looking"
+                stage = {"set_volume": "Reading slices", "fuse": "Fusing"}.get(pending[0], "Looking")
                 self._events.append(FakeEvent(number, "progress", stage, 1, 4, 12.0))
                 continue
             del self._pending[number]
@@ -192,6 +195,30 @@ class FakeClient:
         low = self._write(number, "low", array)
         high = self._write(number, "high", np.abs(array - array.mean()))
         return {"low": low, "high": high, "warnings": []}
+
+    def _fuse(
+        self, number: str, ct: Any, mr: Any, settings: Any = None, device: str = "auto", masks: bool = False
+    ) -> dict[str, Any]:
+        """The mean of the CT and of the MR's nearest voxel, 0 outside of the MR, by the places that were sent."""
+        still, mobile = (np.array(self.read(one["array"])).astype(np.float32) for one in (ct, mr))
+        k, j, i = np.indices(still.shape)
+        between = np.linalg.inv(np.array(mr["affine"])) @ np.array(ct["affine"])
+        x, y, z = np.rint(np.tensordot(between[:3], np.stack([i, j, k, np.ones_like(i)]), 1)).astype(int)
+        depth, height, width = mobile.shape
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & (z >= 0) & (z < depth)
+        there = np.zeros_like(still)
+        there[inside] = mobile[z[inside], y[inside], x[inside]]
+        bands = ("level 1 LH", "low") if masks else ()
+        share = np.full(still.shape, 40, dtype=np.uint8)
+        return {
+            "fused": self._write(number, "fused", (still + there) / 2),
+            "affine": ct["affine"],
+            "name": "fused",
+            "masks": [{"name": band, "share": self._write(number, band, share)} for band in bands],
+            "record": json.dumps({"method": settings["method"], "transform": self.transform}),
+            "warnings": list(self.fusion_warnings),
+            "ran": ["Fusing"],
+        }
 
     def _models(self, number: str, action: str, id: str | None = None) -> dict[str, Any]:
         if action == "list":

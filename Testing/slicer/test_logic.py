@@ -24,16 +24,6 @@ def loaded(app):
 
 
 @pytest.fixture
-def fake(app):
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from fake_client import FakeClient
-
-    client = FakeClient()
-    yield client
-    client.close()
-
-
-@pytest.fixture
 def logic(loaded, fake):
     made = loaded.FreqSegLogic(make_client=lambda: fake)
     yield made

@@ -2,42 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-
-MODULE = Path(__file__).resolve().parents[2] / "FreqSeg" / "FreqSeg.py"
-
-
-@pytest.fixture
-def fake(app):
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from fake_client import FakeClient
-
-    client = FakeClient()
-    yield client
-    client.close()
-
-
-@pytest.fixture
-def open_panel(app, fake, monkeypatch) -> Callable[..., Any]:
-    """Opens the panel with the light client and all packages there."""
-
-    def opened(client: Any = fake):
-        import slicer
-
-        app.load_module(MODULE, enter=False)
-        monkeypatch.setattr(sys.modules["FreqSeg"], "_client_of_the_user", lambda: client)
-        monkeypatch.setattr(sys.modules["FreqSegPanel.packages"], "missing_packages", list)
-        slicer.util.selectModule("FreqSeg")
-        app.process()
-        return slicer.util.getModuleWidget("FreqSeg")
-
-    return opened
 
 
 def make_volume(name="FLAIR", shape=(6, 12, 10), matrix=None, node_class="vtkMRMLScalarVolumeNode"):

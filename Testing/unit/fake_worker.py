@@ -53,6 +53,7 @@ class Result:
     score: float = 0.75
     color: tuple[float, float, float] = (0.1, 0.2, 0.3)
     meaning: str | None = None
+    method: str = "zero-shot"
 
     @property
     def is_empty(self) -> bool:

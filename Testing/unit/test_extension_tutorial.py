@@ -34,10 +34,10 @@ def blocks(tutorial: str, language: str) -> list[str]:
 def test_every_command_line_is_understood(tutorial: str) -> None:
     import typer
 
-    from FreqSegLib import cli_info, cli_models, cli_segment
+    from FreqSegLib import cli_fuse, cli_info, cli_models, cli_segment
     from FreqSegLib.cli_app import app
 
-    assert cli_info.app is cli_models.app is cli_segment.app is app
+    assert cli_fuse.app is cli_info.app is cli_models.app is cli_segment.app is app
     group = typer.main.get_command(app)
     lines = [
         shlex.split(line.strip())
@@ -63,16 +63,21 @@ def test_the_script_for_slicer_uses_the_logic_as_it_is(tutorial: str, project_ro
     module = ast.parse((project_root / "FreqSeg" / "FreqSeg.py").read_text(encoding="utf-8"))
     logic = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "FreqSegLogic")
     methods = {node.name: node.args for node in logic.body if isinstance(node, ast.FunctionDef)}
-    script = ast.parse(blocks(tutorial, "python")[0])
-    called = {
-        node.func.attr: node
-        for node in ast.walk(script)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and ast.unparse(node.func.value) == "logic"
-    }
-    assert set(called) == {"segment", "close"} <= set(methods)
-    assert len(called["segment"].args) == len(methods["segment"].args) - 1
+    called = [
+        {
+            node.func.attr: node
+            for node in ast.walk(ast.parse(script))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) == "logic"
+        }
+        for script in blocks(tutorial, "python")
+    ]
+    assert [set(calls) for calls in called] == [{"segment", "close"}, {"fuse", "close"}]
+    assert {name for calls in called for name in calls} <= set(methods)
+    assert len(called[0]["segment"].args) == len(methods["segment"].args) - 1
+    assert len(called[1]["fuse"].args) == 2
+    assert {word.arg for word in called[1]["fuse"].keywords} <= {word.arg for word in methods["fuse"].kwonlyargs}
     named = {argument.arg for argument in methods["segment"].kwonlyargs}
     spoken_of = set(re.findall(r"`(\w+)=[^`]*`", tutorial))
     assert spoken_of
@@ -99,7 +104,7 @@ def test_labels_are_those_of_the_panel(tutorial: str, project_root: Path) -> Non
 def test_sections_are_those_of_the_panel(tutorial: str, project_root: Path) -> None:
     ui = ElementTree.parse(project_root / "FreqSeg" / "Resources" / "UI" / "FreqSeg.ui")
     shown = {string.text for string in ui.iter("string")}
-    assert {"Segment", "Refine with clicks", "Look inside", "Models"} <= shown & set(
+    assert {"Segment", "Refine with clicks", "Fuse", "Look inside", "Models"} <= shown & set(
         re.findall(r"\*\*([^*]+)\*\*", tutorial)
     )
 

@@ -167,14 +167,14 @@ def test_every_trained_wording_is_matched_to_its_meaning(matcher: PromptMatcher)
             assert matcher.match(wording).meaning is m, wording
 
 
-def test_held_out_wordings_are_matched_but_for_two_that_are_refused(matcher: PromptMatcher) -> None:
+def test_held_out_wordings_are_matched_but_for_one_that_is_refused(matcher: PromptMatcher) -> None:
     missed: dict[str, Meaning | None] = {}
     for m in MEANINGS:
         for wording in m.held_out:
             found = matcher.match(wording).meaning
             if found is not m:
                 missed[wording] = found
-    assert missed == {"brain mass": None, "radiograph region outside the lungs": None}
+    assert missed == {"radiograph region outside the lungs": None}
 
 
 def test_prompts_nobody_listed_find_their_target(matcher: PromptMatcher) -> None:

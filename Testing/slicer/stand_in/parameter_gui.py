@@ -41,6 +41,11 @@ def _widgets(gui: Any) -> Iterator[Any]:
         yield from (value for value in vars(gui).values() if isinstance(value, QtWidgets.QWidget))
 
 
+# A node in the scene outlives its Python object. Were the connection collected with that object, the observer that VTK
+# still holds would call into an emptied one.
+_connected: list[GuiConnection] = []
+
+
 class GuiConnection:
     """The bindings that one connectGui made."""
 
@@ -58,9 +63,12 @@ class GuiConnection:
                 getattr(widget, binding.signal).connect(react)
             self.bound.append((name, widget, binding, react))
         self._tag = wrapper.AddObserver(vtk.vtkCommand.ModifiedEvent, self._node_modified)
+        _connected.append(self)
 
     def disconnect(self) -> None:
         self.wrapper.RemoveObserver(self._tag)
+        if self in _connected:
+            _connected.remove(self)
         for _name, widget, binding, react in self.bound:
             if binding.signal and shiboken6.isValid(widget):
                 getattr(widget, binding.signal).disconnect(react)
