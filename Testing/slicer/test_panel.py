@@ -609,6 +609,32 @@ def test_a_removed_point_gives_the_segment_back(app, open_panel) -> None:
     assert np.array_equal(mask_of(panel.segmentation, "brain tumour", volume), bright(volume))
 
 
+def test_a_box_redraws_what_lies_in_it(app, open_panel, fake) -> None:
+    """Drawn as Slicer draws a region: the node gets its size while points are placed, and says so at the end."""
+    import slicer
+
+    volume = make_volume(matrix=np.diag([-2.0, -1.0, 3.0, 1.0]))
+    panel = open_panel()
+    apply(app, panel)
+    panel.ui.boxButton.click()
+    interaction = slicer.mrmlScene.GetNodeByID("vtkMRMLInteractionNodeSingleton")
+    assert interaction.GetCurrentInteractionMode() == interaction.Place
+    box = panel.refine.marks("RefineBox")
+    # voxel centres i 1..3 (x -2..-6), j 8..10 (y -8..-10), k 1..2 (z 3..6)
+    box.SetCenter([-4.0, -9.0, 4.5])
+    box.SetSize([4.2, 2.2, 3.2])
+    box.InvokeCustomModifiedEvent(slicer.vtkMRMLMarkupsNode.PointEndInteractionEvent)
+    app.wait_until(lambda: panel.refine._task is not None and panel.refine._task.finished)
+    assert fake.last("refine")["box"] == [[1, 8, 1], [3, 10, 2]]
+    expected = bright(volume).copy()
+    expected[1:3, 8:11, 1:4] = True
+    assert np.array_equal(mask_of(panel.segmentation, "brain tumour", volume), expected)
+    assert "2 slices" in panel.ui.refineLabel.text
+    panel.ui.clearPointsButton.click()
+    panel.ui.undoButton.click()
+    assert np.array_equal(mask_of(panel.segmentation, "brain tumour", volume), bright(volume))
+
+
 def test_the_place_buttons_put_slicer_into_place_mode(app, open_panel) -> None:
     import slicer
 
