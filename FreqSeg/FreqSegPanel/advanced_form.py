@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -111,16 +112,20 @@ class AdvancedForm:
         self._changed()
 
 
-class _Editor:
-    """One widget, and the value it stands for."""
+class _Editor(ABC):
+    """One widget, and the value it stands for; ``value`` is read and set."""
 
     def __init__(self, widget, default: Any) -> None:
         self.widget, self.default = widget, default
 
+    @abstractmethod
     def connect(self, function: Callable[..., None]) -> None:
-        raise NotImplementedError
+        """Call ``function`` whenever the user changes the value."""
 
-    value: Any
+    @property
+    @abstractmethod
+    def value(self) -> Any:
+        """What the widget stands for; None for automatic."""
 
 
 class _Choice(_Editor):

@@ -96,9 +96,10 @@ class FakeSegmenter:
         volume = prepared.volume
         stage = Stage(f"Looking: {prompt}", 100, progress, cancel)
         if prompt == "slowly":
-            for index in range(100):
+            # over a minute, in steps short enough to be cancelled between them
+            for index in range(1300):
                 time.sleep(0.05)
-                stage.advance(index + 1)
+                stage.advance(min(index + 1, 100))
         if prompt == "stubborn":
             progress(Progress("Thinking", 50, 100, None))
             time.sleep(60)
