@@ -36,7 +36,10 @@ class WaveletFusionNet(FusionNetwork):
             raise SettingsError(f"stride must be at least 1, got {stride}")
         self.stride = stride
         self.features = nn.Sequential(
-            nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()
+            nn.Conv2d(2, 16, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(inplace=True),
         )
         self.last = nn.Conv2d(32, 1 + 3 * J, 3, padding=1, bias=False)
         nn.init.zeros_(self.last.weight)
