@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +24,12 @@ def text_guided(
     data: Annotated[
         Path | None, typer.Option(help="Folder with the training images (default: FREQSEG_DATA, else ../shared/data).")
     ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train the lite preset's text-guided model on cached embeddings, choose its settings, write weights and card.
 
-    A run that is stopped goes on from its last checkpoint when it is started again.
+    A run that is stopped goes on from its last checkpoint when it is started again. Several processes, once the caches
+    are filled: torchrun --nproc-per-node N -m FreqSegLib train text-guided CONFIG
     """
     from FreqSegLib.evaluation.cases import default_data_folder
     from FreqSegLib.mamba.model_config import read_config
@@ -34,5 +37,6 @@ def text_guided(
 
     session = session_of(context)
     recipe = TextGuidedRecipe() if config is None else read_config(config, TextGuidedRecipe)
-    folder = train_text_guided(data or default_data_folder(), recipe, session.say)
-    session.say(f"Weights, settings and card are in {folder}")
+    folder = train_text_guided(data or default_data_folder(), recipe, session.say, device=device)
+    if os.environ.get("RANK", "0") == "0":
+        session.say(f"Weights, settings and card are in {folder}")

@@ -51,6 +51,8 @@ class DualStreamConfig:
         frequency_widths, frequency_depths: see :class:`FrequencyPyramid`.
         decoder_widths: at strides 4 and 8.
         text_width: of the projected sentence.
+        place_terms: cosines along each axis of the map by which a sentence may prefer places ("left", "anterior"); 0
+            leaves it out.
         adapter_width: of the text-conditioned adapters' bottleneck.
         num_heads: of FFBI.
         dropout: of the bottleneck's channels.
@@ -70,6 +72,7 @@ class DualStreamConfig:
     frequency_depths: tuple[int, ...] = (2, 2, 3)
     decoder_widths: tuple[int, ...] = (32, 64)
     text_width: int = 128
+    place_terms: int = 6
     adapter_width: int = 48
     num_heads: int = 8
     dropout: float = 0.1
@@ -128,6 +131,7 @@ class DualStreamModel(nn.Module):
 
     channel_mean: Tensor
     channel_std: Tensor
+    cosines: Tensor
 
     def __init__(self, config: DualStreamConfig | None = None) -> None:
         super().__init__()
@@ -159,6 +163,13 @@ class DualStreamModel(nn.Module):
             self.fusion = FusionHead(config.fusion, fine)
             self.edges = EdgeRefinement(2 * fine, widths[0])
             pooled += widths[3]
+        if config.place_terms:
+            # a sentence that names a side differs little from its opposite: what it says about places gets a way of its
+            # own to the mask, since through the decoders alone training stays at drawing both sides
+            self.place = nn.Linear(text, config.place_terms**2)
+            nn.init.zeros_(self.place.weight)
+            nn.init.zeros_(self.place.bias)
+            self.register_buffer("cosines", cosines(config.place_terms, 2 * POOLED_SIDE), persistent=False)
         self.presence = nn.Sequential(nn.Linear(pooled + text + 2, 64), nn.GELU(), nn.Linear(64, 1))
 
     def feature_shapes(self) -> list[tuple[int, int, int]]:
@@ -206,20 +217,20 @@ class DualStreamModel(nn.Module):
             raise InputError(
                 f"text must be ({len(features.semantic)}, {self.config.text_dim}), got {tuple(text.shape)}"
             )
-        # unit vectors of many channels are small numbers
-        said = self.text(text * math.sqrt(self.config.text_dim))
+        said = self.said(text)
+        preferred = self.preferred(said) if self.config.place_terms else 0.0
         fine, middle, deep = self.pyramid([adapter(features.semantic, said) for adapter in self.adapters])
         deep = self.dropout(self.context(deep + self.position))
         pooled = [deep]
         if self.config.bands == "none":
-            _, logits = semantic = self.semantic_decoder((fine, middle, deep), said)
-            frequency = None
+            semantic = _added(self.semantic_decoder((fine, middle, deep), said), preferred)
+            logits, frequency = semantic[1], None
         else:
             stride_2, stride_4, stride_8, stride_16 = features.frequency
             deep, stride_16 = self._interact(deep, stride_16)
             pooled = [deep, stride_16]
-            semantic = self.semantic_decoder((fine, middle, deep), said)
-            frequency = self.frequency_decoder((stride_4, stride_8, stride_16), said)
+            semantic = _added(self.semantic_decoder((fine, middle, deep), said), preferred)
+            frequency = _added(self.frequency_decoder((stride_4, stride_8, stride_16), said), preferred)
             logits = self.fusion(semantic, frequency)
         means = [x.mean((2, 3)) for x in pooled]
         seen = [logits.amax((2, 3)), logits.mean((2, 3))]
@@ -228,6 +239,16 @@ class DualStreamModel(nn.Module):
             logits = self.edges(torch.cat([semantic[0], frequency[0]], dim=1), logits, stride_2)
         logits = F.interpolate(logits, size=8 * POOLED_SIDE, mode="bilinear", align_corners=False)
         return DualStreamOutput(logits, presence, semantic[1], None if frequency is None else frequency[1])
+
+    def said(self, text: Tensor) -> Tensor:
+        """MiniLM's vectors (P, 384) as the model reads them, (P, text_width)."""
+        # unit vectors of many channels are small numbers
+        found: Tensor = self.text(text * math.sqrt(self.config.text_dim))
+        return found
+
+    def preferred(self, said: Tensor) -> Tensor:
+        """What sentences (P, text_width) add to the logits of every place, (P, 1, 64, 64)."""
+        return torch.einsum("pk,khw->phw", self.place(said), self.cosines)[:, None]
 
     def forward(self, embedding: Tensor, images: Tensor, text: Tensor) -> DualStreamOutput:
         """One prompt a slice; shapes as for :meth:`encode_image` and :meth:`segment`."""
@@ -269,6 +290,17 @@ class DualStreamModel(nn.Module):
         model = cls(config)
         load_exactly(model, state, path)
         return model.requires_grad_(False).eval().to(device)
+
+
+def cosines(terms: int, side: int) -> Tensor:
+    """Products of cosines along both axes, (terms², side, side): the first terms of the discrete cosine transform."""
+    places = (torch.arange(side) + 0.5) * (math.pi / side)
+    waves = torch.cos(torch.arange(terms)[:, None] * places)
+    return torch.einsum("ay,bx->abyx", waves, waves).flatten(0, 1)
+
+
+def _added(decoded: tuple[Tensor, Tensor], preferred: Tensor | float) -> tuple[Tensor, Tensor]:
+    return decoded[0], decoded[1] + preferred
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from FreqSegLib.errors import FreqSegError
+from FreqSegLib.errors import FreqSegError, OutputError, SettingsError
+
+_UNWRITTEN = (
+    "cannot write {path}; the last checkpoint is intact. Free some space on the disk, then start the same command again"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class LoopConfig:
         learning_rate: AdamW's, reached after ``warmup`` steps, then a cosine down to ``final_rate``.
         validate_every: steps between validations (each also writes the checkpoint to resume from).
         patience: validations without a better score before stopping.
+        accumulate: batches whose gradients are averaged for one step. Where the loss is a mean over the batch this is
+            the gradient of one batch that is so many times as large; a contrastive loss still sees the negatives of one
+            batch only.
     """
 
     steps: int = 1500
@@ -37,6 +45,15 @@ class LoopConfig:
     validate_every: int = 100
     patience: int = 6
     seed: int = 0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "validate_every", "patience", "accumulate"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 def fit(
@@ -55,7 +72,8 @@ def fit(
 
     Args:
         model: trained in place.
-        batch_loss: step -> scalar loss. It must draw its randomness from the step, so that a resumed run repeats it.
+        batch_loss: number of the batch -> scalar loss. It must draw its randomness from that number, so that a resumed
+            run repeats it. Batches are numbered by steps, or ``accumulate`` of them a step.
         validate: -> numbers; ``score`` (higher is better) chooses the checkpoint.
         folder: gets ``last.pt`` (resume), ``best.pt`` and ``log.csv``.
         config: see LoopConfig.
@@ -69,6 +87,7 @@ def fit(
 
     Raises:
         FreqSegError: the loss is not finite; the step is named and the last checkpoint is intact.
+        OutputError: a file cannot be written, as on a full disk; the last checkpoint is intact.
     """
     folder.mkdir(parents=True, exist_ok=True)
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -95,16 +114,10 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = rate_at(step)
         model.train()
-        loss = batch_loss(step)
-        if not torch.isfinite(loss):
-            raise FreqSegError(
-                f"The loss became {loss.item()} at step {step}; the last checkpoint is intact. Lower the learning rate."
-            )
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        running.append(_backward(batch_loss, step, config.accumulate))
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimiser.step()
-        running.append(loss.item())
         state["step"] = step + 1
         if state["step"] % config.validate_every == 0 or state["step"] == config.steps:
             model.eval()
@@ -135,6 +148,20 @@ def fit(
     return {**state["best"], "seconds": state["seconds"]}
 
 
+def _backward(batch_loss: Callable[[int], Tensor], step: int, accumulate: int) -> float:
+    """Gradients of one step, added to the parameters; the mean loss of its batches."""
+    values = []
+    for number in range(step * accumulate, (step + 1) * accumulate):
+        loss = batch_loss(number)
+        if not torch.isfinite(loss):
+            raise FreqSegError(
+                f"The loss became {loss.item()} at step {step}; the last checkpoint is intact. Lower the learning rate."
+            )
+        (loss if accumulate == 1 else loss / accumulate).backward()
+        values.append(loss.item())
+    return sum(values) / accumulate
+
+
 def rate(step: int, config: LoopConfig) -> float:
     """Linear warm-up, then a cosine to ``final_rate``."""
     if step < config.warmup:
@@ -145,17 +172,26 @@ def rate(step: int, config: LoopConfig) -> float:
 
 def _save(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(path.name + ".part")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{_UNWRITTEN.format(path=path)} ({error})") from error
 
 
 def _append(path: Path, row: dict[str, float]) -> None:
     new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    except OSError as error:
+        raise OutputError(f"{_UNWRITTEN.format(path=path)} ({error})") from error
 
 
 def _keep_rows(path: Path, step: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from FreqSegLib.mamba.model_config import WEIGHTS_FILE, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.output_file import replacing
 from FreqSegLib.training.loop import LoopConfig, fit
+from FreqSegLib.training.processes import processes
 from FreqSegLib.training.spectral_config import LossConfig, SpectralRecipe
 from FreqSegLib.training.spectral_data import Batch, Batches, Item, load_split
 
@@ -73,24 +73,6 @@ def train_spectral(
     return folder
 
 
-@contextmanager
-def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """(rank, processes in all, device): one process, or those that torchrun started, for the length of the block."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1, device
-        return
-    rank = int(os.environ["RANK"])
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield rank, world, device
-    finally:
-        distributed.destroy_process_group()
-
-
 def build_network(recipe: SpectralRecipe) -> SpectralVMUNet:
     """The network of a recipe, at its start."""
     return SpectralVMUNet(**asdict(recipe.model), checkpointing=recipe.training.checkpointing)
@@ -129,6 +111,7 @@ class SpectralTraining:
         work: checkpoints, log, curves.
         device: to compute on.
         rank, world: which of how many processes this is.
+        network: to train in place of the recipe's, which must take and give the same shapes.
     """
 
     def __init__(
@@ -139,6 +122,7 @@ class SpectralTraining:
         device: torch.device | None = None,
         rank: int = 0,
         world: int = 1,
+        network: nn.Module | None = None,
     ) -> None:
         self.recipe, self.work = recipe, work
         self.device, self.rank, self.world = device or torch.device("cpu"), rank, world
@@ -150,7 +134,7 @@ class SpectralTraining:
         self.batches = Batches(train, config, recipe.augment, rank, world)
         _check_sizes(recipe, train)
         torch.manual_seed(config.seed)
-        network = build_network(recipe)
+        network = network or build_network(recipe)
         model = recipe.model
         self.trainee = Trainee(network, recipe.loss, model.in_channels, model.out_channels, model.dimensions)
         self.trainee.to(self.device)

@@ -6,20 +6,23 @@ of another modality), for which the answer is nothing. The tower and the text to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from FreqSegLib.clip.vocabulary import targets
 from FreqSegLib.interaction.dual_stream import DualStreamModel, DualStreamOutput
 from FreqSegLib.training.contrastive import FALSE, TRUE, UNKNOWN
 from FreqSegLib.training.lite_data import CachedSlices
+from FreqSegLib.training.processes import Team
 from FreqSegLib.training.text_guided_data import (
     Pictures,
     Wording,
@@ -45,12 +48,15 @@ class TextGuidedConfig:
         dice_weight, bce_weight: of the mask's loss on probabilities.
         supervision_weight: of each decoder's own loss.
         presence_weight: of the presence logit's loss.
+        meaning_weight: of naming the target from the sentence alone, which pulls apart what MiniLM puts close together.
         feature_noise: standard deviation of the noise on the embedding, in units of each channel's own.
         text_noise: length of the noise on a sentence's unit vector, and twice the largest step to another wording.
         intensity: how far gamma and gain of the frequency stream's picture vary.
         turn, zoom, shift: largest rotation (radians), relative change of size, and displacement (share of the side);
             0 for all of them leaves the slices in place.
         average: how slowly the averaged weights follow, in [0, 1); they are what is validated and kept.
+        mixed_precision: bfloat16 autocast on CUDA. Nothing on a CPU, where it is slower.
+        checkpointing: compute the image's features again in the backward pass, and each prompt's, for memory.
     """
 
     batch_size: int = 8
@@ -60,6 +66,7 @@ class TextGuidedConfig:
     bce_weight: float = 0.3
     supervision_weight: float = 0.4
     presence_weight: float = 0.2
+    meaning_weight: float = 0.1
     feature_noise: float = 0.1
     text_noise: float = 0.25
     intensity: float = 0.25
@@ -67,6 +74,8 @@ class TextGuidedConfig:
     zoom: float = 0.12
     shift: float = 0.06
     average: float = 0.99
+    mixed_precision: bool = True
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Batch:
         text: (P, 384).
         masks: (P, 1, 256, 256) in [0, 1], what should be drawn.
         present: (P) 1 where the target is there.
+        asked: (P) the target, along ``vocabulary.targets()``.
     """
 
     embedding: Tensor
@@ -88,6 +98,11 @@ class Batch:
     text: Tensor
     masks: Tensor
     present: Tensor
+    asked: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(*(getattr(self, item.name).to(device) for item in fields(self)))
 
 
 class WithAverage(nn.Module):
@@ -97,6 +112,8 @@ class WithAverage(nn.Module):
         super().__init__()
         self.model, self.decay = model, decay
         self.average = deepcopy(model).requires_grad_(False)
+        # in training only
+        self.meaning = nn.Linear(model.config.text_width, len(targets()))
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
@@ -114,6 +131,23 @@ class WithAverage(nn.Module):
         return self
 
 
+class Drawer(nn.Module):
+    """A model that draws what a batch asks for: the module whose gradients several processes average."""
+
+    def __init__(self, trained: WithAverage, checkpointing: bool) -> None:
+        super().__init__()
+        self.model, self.meaning, self.checkpointing = trained.model, trained.meaning, checkpointing
+
+    def forward(self, batch: Batch) -> tuple[DualStreamOutput, Tensor]:
+        """What is drawn for every prompt, and logits (P, T) of the target that its sentence names."""
+        features = self._run(self.model.encode_image, batch.embedding, batch.images)
+        output = self._run(self.model.segment, features.for_prompts(batch.counts), batch.text)
+        return output, self.meaning(self.model.said(batch.text))
+
+    def _run(self, part: Callable[..., Any], *given: Any) -> Any:
+        return checkpoint(part, *given, use_reentrant=False) if self.checkpointing else part(*given)
+
+
 class PhaseTwo:
     """Batches, loss and validation of phase 2, for :func:`FreqSegLib.training.loop.fit`."""
 
@@ -126,6 +160,10 @@ class PhaseTwo:
         vectors: Tensor,
         config: TextGuidedConfig | None = None,
         seed: int = 0,
+        *,
+        accumulate: int = 1,
+        device: torch.device | None = None,
+        team: Team | None = None,
     ) -> None:
         """Args:
         model: its channel statistics are set from the training slices.
@@ -133,39 +171,47 @@ class PhaseTwo:
         wordings: of every target, the canonical one first.
         vectors: MiniLM's, (len(wordings), 384).
         config, seed: see there.
+        accumulate: batches a step; see :class:`FreqSegLib.training.loop.LoopConfig`.
+        device: to train on; the data stay where they are.
+        team: the processes that train together, each with its share of the batch.
         """
         self.config = config or TextGuidedConfig()
         self.data, self.pictures, self.seed = data, pictures, seed
         self.vectors = vectors
+        self.accumulate, self.device, self.team = accumulate, device or torch.device("cpu"), team or Team()
+        self._slices = self.team.share(self.config.batch_size)
         self.of_target = [np.array([i for i, w in enumerate(wordings) if w.target == t]) for t in range(len(targets()))]
         self.truth = truth_of(data.slices, pictures.masks)
         self.train_rows, self.validation_rows = data.subset("train"), data.subset("validation")
         self._set_channel_statistics(model)
-        self.model = WithAverage(model, self.config.average)
+        self.model = WithAverage(model, self.config.average).to(self.device)
+        self._drawer = self.team.averaging(Drawer(self.model, self.config.checkpointing))
+        self._autocast = self.config.mixed_precision and self.device.type == "cuda"
         self._weights = self._balanced()
 
-    def batch_loss(self, step: int) -> Tensor:
-        """The loss of one step; its batch, noise and dropout follow from the step and the seed alone."""
-        if step:
+    def batch_loss(self, number: int) -> Tensor:
+        """The loss of one batch; what is in it, noise and dropout follow from its number and the seed alone."""
+        step, part = divmod(number, self.accumulate)
+        if step and not part:
             self.model.follow(step)
-        rng = np.random.default_rng((self.seed, step))
-        batch = self.batch(rng)
-        with torch.random.fork_rng(devices=[]):
+        rng = np.random.default_rng((self.seed, number, self.team.rank) if self.team.rank else (self.seed, number))
+        batch = self.batch(rng).to(self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(rng.integers(1 << 62)))
-            model = self.model.model
-            features = model.encode_image(batch.embedding, batch.images)
-            output = model.segment(features.for_prompts(batch.counts), batch.text)
-        return self.loss(output, batch)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                output, named = self._drawer(batch)
+        return self.loss(output, batch) + self.config.meaning_weight * F.cross_entropy(named.float(), batch.asked)
 
     def loss(self, output: DualStreamOutput, batch: Batch) -> Tensor:
         """0.7 Dice + 0.3 BCE on probabilities, the same for each decoder at its own size, BCE of presence."""
         c = self.config
-        total = self._mask_loss(output.logits, batch.masks)
+        # a Dice of thousands of pixels needs float32
+        total = self._mask_loss(output.logits.float(), batch.masks)
         for logits in (output.semantic, output.frequency):
             if logits is not None:
                 small = F.adaptive_avg_pool2d(batch.masks, (logits.shape[-2], logits.shape[-1]))
-                total = total + c.supervision_weight * self._mask_loss(logits, small)
-        presence = F.binary_cross_entropy_with_logits(output.presence, batch.present)
+                total = total + c.supervision_weight * self._mask_loss(logits.float(), small)
+        presence = F.binary_cross_entropy_with_logits(output.presence.float(), batch.present)
         return total + c.presence_weight * presence
 
     def _mask_loss(self, logits: Tensor, masks: Tensor) -> Tensor:
@@ -181,7 +227,7 @@ class PhaseTwo:
         """Random slices, prompts and changes."""
         c = self.config
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        rows = rng.choice(self.train_rows, c.batch_size, p=self._weights)
+        rows = rng.choice(self.train_rows, self._slices, p=self._weights)
         wanted = [self._asked(int(row), rng) for row in rows]
         counts = torch.tensor([len(w) for w in wanted])
         embedding, images, masks = self.fetch(rows)
@@ -193,7 +239,7 @@ class PhaseTwo:
             turn, zoom, shift = c.turn * moves[:, 0], 1 + c.zoom * moves[:, 1], 2 * c.shift * moves[:, 2:]
             embedding, images, masks = (warped(x, turn, zoom, shift) for x in (embedding, images, masks))
         noise = torch.randn(embedding.shape, generator=generator)
-        embedding = embedding + c.feature_noise * self.model.model.channel_std * noise
+        embedding = embedding + c.feature_noise * self.model.model.channel_std.cpu() * noise
         images = self._changed(images, generator)
         asked = [target for targets_of_slice in wanted for target in targets_of_slice]
         masks = target_masks(masks.repeat_interleave(counts, 0), asked)
@@ -202,7 +248,8 @@ class PhaseTwo:
         )
         # what another modality calls its first target lies in the same channel
         masks = masks * present[:, None, None, None]
-        return Batch(embedding, images, counts, self._said(asked, rng, generator), masks, present)
+        said = self._said(asked, rng, generator)
+        return Batch(embedding, images, counts, said, masks, present, torch.tensor(asked))
 
     def _asked(self, row: int, rng: np.random.Generator) -> list[int]:
         """Targets a slice is asked for, all different."""
@@ -243,7 +290,11 @@ class PhaseTwo:
 
     def validate(self) -> dict[str, float]:
         """Dice a patient on validation patients, and how often nothing is drawn where nothing is."""
-        return summarise_answers(self.answers(self.model.average, self.of_target, self.vectors, self._watched()))
+
+        def answered() -> dict[str, float]:
+            return summarise_answers(self.answers(self.model.average, self.of_target, self.vectors, self._watched()))
+
+        return self.team.told_by_the_first(answered)()
 
     @torch.inference_mode()
     def answers(
@@ -271,9 +322,11 @@ class PhaseTwo:
             asked = [*own, *(others[(number + i) % len(others)] for i in range(min(wrong, len(others))))]
             said = vectors[[int(of_target[t][number % len(of_target[t])]) for t in asked]]
             embedding, images, masks = self.fetch(np.array([row]))
-            features = model.encode_image(embedding, images)
-            output = model.segment(features.for_prompts(torch.tensor([len(asked)])), said)
-            drawn = output.logits > 0
+            device = next(model.parameters()).device
+            features = model.encode_image(embedding.to(device), images.to(device))
+            counts = torch.tensor([len(asked)], device=device)
+            output = model.segment(features.for_prompts(counts), said.to(device))
+            drawn = (output.logits > 0).cpu()
             truth = target_masks(masks.expand(len(asked), -1, -1, -1), asked) > 0.5
             for place, target in enumerate(asked):
                 there = bool(self.truth[row, target] == TRUE)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +19,7 @@ from FreqSegLib.clip.aligner import Aligner
 from FreqSegLib.clip.lite_encoder import LiteEncoder
 from FreqSegLib.clip.mini_lm import MiniLM
 from FreqSegLib.clip.vocabulary import targets
+from FreqSegLib.device import resolve_device
 from FreqSegLib.embedding_cache import EmbeddingCache
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.evaluation.cases import chosen_cases, list_cases
@@ -29,8 +28,10 @@ from FreqSegLib.presets import PRESET_FILE, preset
 from FreqSegLib.sam.lite_medsam import LiteMedSAM
 from FreqSegLib.text_segmentation import TextSegmenter
 from FreqSegLib.text_trained import WEIGHTS_FILE, TrainedMethod
+from FreqSegLib.training.curves import draw_curves
 from FreqSegLib.training.lite_data import TrainingSlice, cache, cache_file, plan, read_cache, seconds_and_bytes
 from FreqSegLib.training.loop import LoopConfig, fit
+from FreqSegLib.training.processes import Team, processes
 from FreqSegLib.training.text_guided import PhaseTwo, TextGuidedConfig, summarise_answers
 from FreqSegLib.training.text_guided_card import LICENCE, write_card
 from FreqSegLib.training.text_guided_data import (
@@ -42,8 +43,10 @@ from FreqSegLib.training.text_guided_data import (
     trained_wordings,
 )
 from FreqSegLib.training.text_guided_tuning import choose_gates, choose_settings, gate_tuning
+from FreqSegLib.training.work_folder import claim, write_text
 
 SET_ID = "lite-text-guided"
+PANELS = {"training loss": ("loss",), "validation Dice": ("score", "dice ")}
 
 
 @dataclass(frozen=True)
@@ -74,39 +77,64 @@ class TextGuidedRecipe:
 
 
 def train_text_guided(
-    data: Path, recipe: TextGuidedRecipe | None = None, report: Callable[[str], None] = print
+    data: Path,
+    recipe: TextGuidedRecipe | None = None,
+    report: Callable[[str], None] = print,
+    *,
+    device: str = "auto",
 ) -> Path:
     """Train, choose gates and settings on validation patients, write weights, settings and card.
+
+    Several processes may train together (``torchrun``), once the caches are filled: each makes its share of every
+    batch, gradients are averaged, and the first one validates, chooses and writes.
 
     Args:
         data: folder with ``segmentation/`` and ``fusion/``.
         recipe: see :class:`TextGuidedRecipe`.
         report: where lines of progress go.
+        device: to train on: auto, cpu or cuda[:N]. Settings are chosen on the CPU.
 
     Returns:
         The folder of the weights.
 
     Raises:
-        SettingsError: the work folder holds a run of another recipe.
+        SettingsError: the work folder holds a run of another recipe; several processes, and the caches are not full.
         InputError: there are no training images.
     """
     recipe = recipe or TextGuidedRecipe()
     work = Path(recipe.work)
-    _claim(work, recipe)
-    slices = plan(data, recipe.seed)
-    tower = LiteMedSAM.from_checkpoint(weights.require("litemedsam") / "lite_medsam.pth")
-    text = MiniLM(weights.require("minilm"))
-    picture_seconds = _fill_caches(data, recipe, slices, tower, report)
-    wordings = trained_wordings()
-    phase = phase_two(recipe, slices, wordings, sentence_vectors(text, wordings))
+    with processes(resolve_device(device)) as (rank, world, place):
+        team = Team(rank, world)
+        told: Callable[[str], None] = report if team.leads else lambda line: None
+        if team.leads:
+            # where the result goes does not matter to it
+            claim(work, replace(recipe, work="", models="", embeddings=""))
+        slices = plan(data, recipe.seed)
+        tower = LiteMedSAM.from_checkpoint(weights.require("litemedsam") / "lite_medsam.pth")
+        text = MiniLM(weights.require("minilm"))
+        picture_seconds = _fill_caches(data, recipe, slices, tower, told, alone=world == 1)
+        wordings = trained_wordings()
+        phase = phase_two(recipe, slices, wordings, sentence_vectors(text, wordings), place, team)
 
-    def row(values: dict[str, float]) -> None:
-        report("  ".join(f"{key} {value:.4g}" for key, value in values.items()))
-        draw_curves(work / "run" / "log.csv", work / "run" / "curves.png")
+        def row(values: dict[str, float]) -> None:
+            told("  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+            if team.leads:
+                draw_curves(work / "run" / "log.csv", work / "run" / "curves.png", PANELS)
 
-    best = fit(phase.model, phase.batch_loss, phase.validate, work / "run", recipe.loop, row)
-    started = time.monotonic()
+        best = fit(
+            phase.model,
+            phase.batch_loss,
+            phase.validate,
+            work / "run",
+            recipe.loop,
+            row,
+            writes=team.leads,
+            wait=team.wait,
+        )
     folder = Path(recipe.models) / SET_ID
+    if not team.leads:
+        return folder
+    started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     names = json.dumps([meaning.name for meaning in targets()])
     phase.model.average.save(folder / WEIGHTS_FILE, {"licence": LICENCE, "meanings": names})
@@ -127,7 +155,7 @@ def train_text_guided(
     tuning = {
         name: gate_tuning(gate, chosen[name].settings if name in chosen else None) for name, gate in gates.items()
     }
-    _write(folder / PRESET_FILE, json.dumps({"tuning": {n: asdict(t) for n, t in tuning.items()}}, indent=1) + "\n")
+    write_text(folder / PRESET_FILE, json.dumps({"tuning": {n: asdict(t) for n, t in tuning.items()}}, indent=1) + "\n")
     seconds, size = seconds_and_bytes(Path(recipe.embeddings), slices)
     results: dict[str, Any] = {
         "recipe": asdict(recipe),
@@ -149,44 +177,36 @@ def train_text_guided(
         "picture_bytes": sum(f.stat().st_size for f in (work / "pictures").glob("*.npz")),
         "threads": torch.get_num_threads(),
     }
-    _write(work / "results.json", json.dumps(results, indent=1))
+    write_text(work / "results.json", json.dumps(results, indent=1))
     write_card(folder / "README.md", results)
     weights.record_shipped(SET_ID, recipe.models)
     return folder
 
 
 def phase_two(
-    recipe: TextGuidedRecipe, slices: list[TrainingSlice], wordings: list[Wording], vectors: Tensor
+    recipe: TextGuidedRecipe,
+    slices: list[TrainingSlice],
+    wordings: list[Wording],
+    vectors: Tensor,
+    device: torch.device | None = None,
+    team: Team | None = None,
 ) -> PhaseTwo:
     """A fresh model of the recipe with its batches, from filled caches."""
     data = read_cache(Path(recipe.embeddings), slices)
     pictures = read_pictures(Path(recipe.work) / "pictures", data.slices)
     torch.manual_seed(recipe.seed)
-    return PhaseTwo(DualStreamModel(recipe.model), data, pictures, wordings, vectors, recipe.training, recipe.seed)
-
-
-def draw_curves(log: Path, picture: Path) -> None:
-    """Loss, validation score and every target's Dice by step, from ``fit``'s log, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with log.open(newline="", encoding="utf-8") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    steps = [row["step"] for row in rows]
-    left, right = figure.subplots(1, 2)
-    left.plot(steps, [row["loss"] for row in rows], marker="o", markersize=3)
-    left.set(xlabel="step", title="training loss")
-    for key in rows[0]:
-        if key == "score" or key.startswith("dice "):
-            width = 2.2 if key == "score" else 1.0
-            right.plot(steps, [row[key] for row in rows], linewidth=width, label=key.removeprefix("dice "))
-    right.set(xlabel="step", title="validation Dice")
-    right.legend(fontsize=7)
-    temporary = picture.with_name(picture.name + ".part")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, picture)
+    return PhaseTwo(
+        DualStreamModel(recipe.model),
+        data,
+        pictures,
+        wordings,
+        vectors,
+        recipe.training,
+        recipe.seed,
+        accumulate=recipe.loop.accumulate,
+        device=device,
+        team=team,
+    )
 
 
 def _fill_caches(
@@ -195,17 +215,28 @@ def _fill_caches(
     slices: list[TrainingSlice],
     tower: LiteMedSAM,
     report: Callable[[str], None],
+    *,
+    alone: bool,
 ) -> float:
-    """Embeddings and pictures that are missing; the seconds the pictures took."""
+    """Embeddings and pictures that are missing; the seconds the pictures took.
+
+    Raises:
+        SettingsError: some are, and other processes would wait for them.
+    """
 
     def told(what: str) -> Callable[[int, int], None]:
         return lambda done, total: report(f"{what} {done}/{total}") if done % 100 == 0 or done == total else None
 
-    embeddings = Path(recipe.embeddings)
+    embeddings, pictures = Path(recipe.embeddings), Path(recipe.work) / "pictures"
+    missing = sum(not cache_file(folder, item).exists() for folder in (embeddings, pictures) for item in slices)
+    if missing and not alone:
+        raise SettingsError(
+            f"{missing} files of {embeddings} and {pictures} are not computed yet; fill these caches with one process "
+            "first (the same command without torchrun), then start several"
+        )
     if not all(cache_file(embeddings, item).exists() for item in slices):
         cache(data, embeddings, tower.embed, slices, told("embeddings"))
     started = time.monotonic()
-    pictures = Path(recipe.work) / "pictures"
     if not all(cache_file(pictures, item).exists() for item in slices):
         cache_pictures(data, pictures, slices, told("pictures"))
     return time.monotonic() - started
@@ -227,21 +258,3 @@ def _segmenter(tower: LiteMedSAM, text: MiniLM, method: TrainedMethod, folder: P
 
 def _by_target(wordings: list[Wording]) -> list[np.ndarray]:
     return [np.array([i for i, w in enumerate(wordings) if w.target == t]) for t in range(len(targets()))]
-
-
-def _claim(work: Path, recipe: TextGuidedRecipe) -> None:
-    """Checkpoints of one recipe must not be continued with another."""
-    work.mkdir(parents=True, exist_ok=True)
-    # where the result goes does not matter to it
-    mine, path = json.dumps(asdict(replace(recipe, work="", models="", embeddings="")), indent=1), work / "recipe.json"
-    if path.exists() and path.read_text(encoding="utf-8") != mine:
-        raise SettingsError(
-            f"{work} holds a run of another recipe; give another work folder, or delete its recipe.json and run folder."
-        )
-    _write(path, mine)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

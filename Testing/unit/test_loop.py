@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from FreqSegLib.errors import FreqSegError
+from FreqSegLib.errors import FreqSegError, OutputError, SettingsError
 from FreqSegLib.training import loop
+from FreqSegLib.training.curves import draw_curves
 from FreqSegLib.training.loop import LoopConfig, fit, rate
+from FreqSegLib.training.processes import Team
+from FreqSegLib.training.work_folder import claim
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=2, validate_every=3, patience=10)
 
@@ -202,3 +209,139 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     before = model[0].weight.clone()
     fit(model, *task(model), tmp_path, LoopConfig(steps=3, validate_every=3, learning_rate=0.5))
     assert torch.equal(model[0].weight, before)
+
+
+# ------------------------------------------------------------------------------------------------------ accumulation
+
+
+def plain_model() -> nn.Module:
+    """Without batch norm, whose statistics are those of the small batches."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def mean_loss(model: nn.Module, rows: range) -> Tensor:
+    x = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(row)) for row in rows]).double()
+    return ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+
+
+def test_small_batches_that_are_accumulated_train_as_one_large_batch(tmp_path: Path) -> None:
+    small, large = plain_model(), plain_model()
+    values = {"steps": 6, "validate_every": 3, "warmup": 0, "learning_rate": 0.05, "clip_norm": 0.5}
+    scores = {"score": 0.0}
+    fit(
+        small,
+        lambda number: mean_loss(small, range(4 * number, 4 * number + 4)),
+        lambda: scores,
+        tmp_path / "small",
+        LoopConfig(**values, accumulate=3),
+    )
+    fit(
+        large,
+        lambda step: mean_loss(large, range(12 * step, 12 * step + 12)),
+        lambda: scores,
+        tmp_path / "large",
+        LoopConfig(**values),
+    )
+    last = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("small", "large")]
+    for key, value in last[0].items():
+        assert torch.allclose(value, last[1][key], atol=1e-12), key
+    losses = [[float(row["loss"]) for row in rows(tmp_path / name)] for name in ("small", "large")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+
+
+def test_an_interrupted_run_goes_on_with_the_batch_it_was_at(tmp_path: Path) -> None:
+    config = LoopConfig(steps=4, validate_every=2, warmup=0, accumulate=2)
+    asked: list[int] = []
+
+    def batch_loss(model: nn.Module, stop_at: int | None) -> Callable[[int], Tensor]:
+        def loss(number: int) -> Tensor:
+            if number == stop_at:
+                raise KeyboardInterrupt
+            asked.append(number)
+            return mean_loss(model, range(number, number + 2))
+
+        return loss
+
+    model = plain_model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, batch_loss(model, 5), lambda: {"score": 0.0}, tmp_path, config)
+    fit(model, batch_loss(model, None), lambda: {"score": 0.0}, tmp_path, config)
+    assert asked == [0, 1, 2, 3, 4, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["steps", "validate_every", "patience", "accumulate"])
+def test_numbers_that_make_no_sense_are_refused(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} must be at least 1, got 0"):
+        LoopConfig(**{name: 0})
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model()
+    save, written = torch.save, []
+
+    def full(content: Any, path: Path) -> None:
+        written.append(Path(path).name)
+        if written.count("last.pt.part") == 2 and written[-1] == "last.pt.part":
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"last\.pt; the last checkpoint is intact.*No space left"):
+        fit(model, *task(model), tmp_path, CONFIG)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["state"]["step"] == 3
+    assert not list(tmp_path.glob("*.part"))
+    again = new_model(1)
+    whole = new_model()
+    fit(again, *task(again), tmp_path, CONFIG)
+    fit(whole, *task(whole), tmp_path / "whole", CONFIG)
+    assert same_weights(again, whole)
+    assert rows(tmp_path) == rows(tmp_path / "whole")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int = 0
+    sizes: tuple[int, ...] = (1, 2)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def test_a_folder_belongs_to_one_recipe(tmp_path: Path) -> None:
+    claim(tmp_path / "new", Recipe())
+    claim(tmp_path / "new", Recipe())
+    with pytest.raises(SettingsError, match="run of another recipe"):
+        claim(tmp_path / "new", Recipe(loop=LoopConfig(steps=7)))
+    (tmp_path / "new" / "recipe.json").write_text("{")
+    with pytest.raises(SettingsError, match="run of another recipe"):
+        claim(tmp_path / "new", Recipe())
+
+
+def test_a_recipe_written_before_a_key_existed_is_the_same_where_the_key_has_its_default(tmp_path: Path) -> None:
+    old = asdict(Recipe(loop=LoopConfig(steps=50)))
+    del old["loop"]["accumulate"]
+    (tmp_path / "recipe.json").write_text(json.dumps(old))
+    with pytest.raises(SettingsError, match="another recipe"):
+        claim(tmp_path, Recipe(loop=LoopConfig(steps=50, accumulate=2)))
+    claim(tmp_path, Recipe(loop=LoopConfig(steps=50)))
+    assert json.loads((tmp_path / "recipe.json").read_text())["loop"]["accumulate"] == 1
+
+
+def test_curves_are_drawn_of_the_columns_there_are(unbroken, tmp_path: Path) -> None:
+    panels = {"loss": ("loss",), "score": ("score", "error"), "nothing": ("dice ",)}
+    draw_curves(unbroken[2] / "log.csv", tmp_path / "c.png", panels)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.glob("c.*")] == ["c.png"]
+
+
+def test_a_batch_is_shared_out_evenly_or_not_at_all() -> None:
+    assert Team(1, 2).share(8) == 4
+    with pytest.raises(SettingsError, match="batch_size must be a multiple of the 3 processes, got 8"):
+        Team(0, 3).share(8)
+    alone = nn.Linear(2, 1)
+    assert Team().averaging(alone) is alone
+    assert torch.equal(Team().gathered(alone.weight), alone.weight)

@@ -19,7 +19,13 @@ from FreqSegLib.clip.prompts import MatchedPrompt
 from FreqSegLib.clip.vocabulary import meaning, targets
 from FreqSegLib.embedding_cache import EmbeddingCache
 from FreqSegLib.errors import SettingsError, WeightsError
-from FreqSegLib.interaction.dual_stream import DualStreamConfig, DualStreamModel, DualStreamOutput, ImageFeatures
+from FreqSegLib.interaction.dual_stream import (
+    DualStreamConfig,
+    DualStreamModel,
+    DualStreamOutput,
+    ImageFeatures,
+    cosines,
+)
 from FreqSegLib.presets import Tuning
 from FreqSegLib.settings import TextSegmentationSettings
 from FreqSegLib.text_segmentation import TextSegmenter
@@ -98,8 +104,7 @@ def phase_of(config: TextGuidedConfig = STILL, seed: int = 0, **given) -> PhaseT
     data, pictures = made(**given)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = DualStreamModel(SMALL)
-    return PhaseTwo(model, data, pictures, *wordings(), config, seed)
+        return PhaseTwo(DualStreamModel(SMALL), data, pictures, *wordings(), config, seed)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
@@ -222,6 +227,48 @@ def test_the_text_decides_what_is_drawn_in_wordings_it_never_saw() -> None:
             drawn = model(embedding, images, asked.expand(len(images), -1)).logits[:, 0] > 0
         assert dice(drawn.numpy(), masks[:, channel].numpy() > 0.5) > 0.6
         assert dice(drawn.numpy(), masks[:, 1 - channel].numpy() > 0.5) < 0.3
+
+
+def test_sentences_that_hardly_differ_are_told_apart_by_the_place_they_prefer() -> None:
+    """Two squares that look the same, one above the other, asked for by vectors whose cosine is 0.92."""
+    data, pictures = made()
+    pictures.masks[:], pictures.images[:], data.embeddings[:] = 0, 20, 0
+    for row in range(len(pictures.images)):
+        for channel, top in ((0, 24), (1, 152)):
+            left = 24 + 16 * (row * 5 % 9)
+            pictures.masks[row, channel, top : top + 64, left : left + 64] = 255
+            pictures.images[row, top : top + 64, left : left + 64] = 200
+            data.embeddings[row, :, top // 8 : top // 8 + 8, left // 8 : left // 8 + 8] = 2
+    said, vectors = wordings()
+    chosen = {target: [row for row, w in enumerate(said) if w.target == target] for target in (ANTERIOR, POSTERIOR)}
+    shared, apart = F.normalize(torch.randn(2, TEXT, generator=torch.Generator().manual_seed(3)), dim=1)
+    apart = F.normalize(apart - (apart @ shared) * shared, dim=0)
+    for target, sign in ((ANTERIOR, 1), (POSTERIOR, -1)):
+        vectors[chosen[target]] = F.normalize(shared + sign * 0.204 * apart, dim=0)
+    assert vectors[chosen[ANTERIOR][0]] @ vectors[chosen[POSTERIOR][0]] == pytest.approx(0.92, abs=0.005)
+    torch.manual_seed(0)
+    config = replace(STILL, absent_share=0.0, text_noise=0.0, feature_noise=0.0)
+    phase = PhaseTwo(DualStreamModel(SMALL), data, pictures, said, vectors, config)
+    assert not phase.model.model.preferred(torch.randn(2, SMALL.text_width)).any()
+    optimiser = torch.optim.AdamW(phase.model.model.parameters(), lr=8e-3)
+    for step in range(40):
+        optimiser.zero_grad()
+        phase.batch_loss(step).backward()
+        optimiser.step()
+    embedding, images, masks = phase.fetch(phase.validation_rows)
+    for channel, target in enumerate((ANTERIOR, POSTERIOR)):
+        with torch.inference_mode():
+            asked = vectors[chosen[target][0]].expand(len(images), -1)
+            drawn = phase.model.average(embedding, images, asked).logits[:, 0] > 0
+        assert dice(drawn.numpy(), masks[:, channel].numpy() > 0.5) > 0.6
+        assert dice(drawn.numpy(), masks[:, 1 - channel].numpy() > 0.5) < 0.2
+
+
+def test_what_a_sentence_prefers_is_a_sum_of_orthogonal_cosines() -> None:
+    waves = cosines(4, 16).flatten(1)
+    product = waves @ waves.T
+    assert torch.allclose(product, torch.diag(product.diagonal()), atol=1e-4)
+    assert cosines(4, 16)[0].eq(1).all()
 
 
 # -------------------------------------------------------------------------------------------- what validation counts
