@@ -21,9 +21,9 @@ from FreqSegLib.settings import TextSegmentationSettings
 
 if TYPE_CHECKING:
     from FreqSegLib.evaluation.cases import Case
+    from FreqSegLib.evaluation.wordings import WordingKind
 
-CASES_SUFFIX = "_cases"
-WIDE = 190
+WIDE = 210
 
 
 class SplitName(str, Enum):
@@ -33,8 +33,16 @@ class SplitName(str, Enum):
     train_validation = "train-validation"
 
 
+class WordingName(str, Enum):
+    """Choices of ``--wordings``."""
+
+    canonical = "canonical"
+    trained = "trained"
+    held_out = "held-out"
+
+
 @app.command()
-@with_settings(TextSegmentationSettings, leave_out=("uncertainty", "replicas", "experimental"))
+@with_settings(TextSegmentationSettings, leave_out=("uncertainty", "experimental"))
 def evaluate(
     context: typer.Context,
     data: Annotated[
@@ -64,11 +72,37 @@ def evaluate(
     box_ceiling: Annotated[
         bool, typer.Option("--box-ceiling/--no-box-ceiling", help="Also decode the truth's own boxes.")
     ] = True,
+    wordings: Annotated[
+        list[WordingName] | None,
+        typer.Option(
+            help="Ask by the target's name, or in wordings used in training or kept from it, which take turns over the "
+            "cases. Repeated: every kind is asked, and compared with the first.",
+            show_default="canonical",
+        ),
+    ] = None,
+    uncertainty: Annotated[
+        bool | None,
+        typer.Option(
+            "--uncertainty/--no-uncertainty",
+            help="Ask once more with uncertainty, and measure whether it predicts error.",
+            show_default="on where the trained method can be used; zero-shot it takes long",
+        ),
+    ] = None,
     csv_path: Annotated[
         Path | None,
-        typer.Option("--csv", help=f"The table as CSV; every case goes into NAME{CASES_SUFFIX}.csv beside it."),
+        typer.Option(
+            "--csv",
+            help="The table as CSV; beside it NAME_cases.csv, and NAME_calibration.csv, NAME_reliability.csv and "
+            "NAME_wordings.csv where these were measured.",
+        ),
     ] = None,
-    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="The table as Markdown.")] = None,
+    markdown_path: Annotated[Path | None, typer.Option("--markdown", help="The tables as Markdown.")] = None,
+    html_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", help="A page with tables, pictures of the best, median and worst cases, and every case."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     *,
@@ -85,7 +119,11 @@ def evaluate(
     chosen = preset(preset_name, sam)
     names = list(dict.fromkeys(target)) if target else None
     modalities = None if names is None else sorted({target_meaning(name).modality for name in names})
-    files = [path for path in (csv_path, csv_path and _cases_path(csv_path), markdown_path) if path is not None]
+    kinds: list[WordingKind] = [name.value for name in dict.fromkeys(wordings or [WordingName.canonical])]
+    doubt = _affordable(chosen, settings) if uncertainty is None else uncertainty
+    made = ["", "cases", *(["calibration", "reliability"] if doubt else []), *(["wordings"] if len(kinds) > 1 else [])]
+    tables = {name: _beside(csv_path, name) for name in made} if csv_path is not None else {}
+    files = [*tables.values(), *(path for path in (markdown_path, html_path) if path is not None)]
     check_apart(files)
     for path in files:
         check_target(path, overwrite=overwrite)
@@ -98,7 +136,7 @@ def evaluate(
     with progress_on(session.err, quiet=quiet, unit="cases") as show:
         show("Loading the models", 0, 0, None)
         from FreqSegLib.evaluation.evaluate import EvaluationProgress, evaluate_cases
-        from FreqSegLib.evaluation.report import case_csv, markdown, summaries, summary_csv, terminal_tables
+        from FreqSegLib.evaluation.evaluation_result import EvaluationResult
         from FreqSegLib.text_segmentation import TextSegmenter
 
         segmenter = TextSegmenter.from_preset(preset_name, device=device, sam=sam, settings=settings)
@@ -113,37 +151,51 @@ def evaluate(
                 names,
                 wrong=wrong,
                 box_ceiling=box_ceiling,
+                wordings=kinds,
+                uncertainty=doubt,
+                views=html_path is not None,
                 progress=told,
                 cancel=session.interrupts.asked,
             )
         except Cancelled:
             raise KeyboardInterrupt from None
-    table = summaries(rows, available)
     title = f"Text-guided segmentation, preset {chosen.name}, {split.value} cases"
-    notes = _notes(chosen, settings, cases, available, max_slices)
+    notes = _notes(chosen, any(row.method == "trained" for row in rows), settings, cases, available, max_slices)
+    result = EvaluationResult(title, rows, available, kinds, [*notes, f"Asked in: {', '.join(kinds)} wordings."])
     if not session.out.is_terminal:
         # in a file or pipe there is no width to keep to
         session.out.width = WIDE
-    for part in terminal_tables(table, title, session.out.width):
+    for part in result.terminal(session.out.width):
         session.out.print(part)
-    for note in notes:
+    for note in result.notes:
         session.say(note)
     session.say(f"Took {readable_time(time.monotonic() - started)}.")
     with Delivery.prepared(overwrite=overwrite) as delivery:
-        if csv_path is not None:
-            delivery.place(csv_path).write_text(summary_csv(table), encoding="utf-8", newline="")
-            delivery.place(_cases_path(csv_path)).write_text(case_csv(rows), encoding="utf-8", newline="")
+        for name, path in tables.items():
+            delivery.place(path).write_text(result.csv(name), encoding="utf-8", newline="")
         if markdown_path is not None:
-            delivery.place(markdown_path).write_text(markdown(table, title, notes), encoding="utf-8")
+            delivery.place(markdown_path).write_text(result.markdown(), encoding="utf-8")
+        if html_path is not None:
+            about = [f"{split.value} cases", *_used(cases, available)]
+            about += [f"at most {max_slices} slices of a volume"] if max_slices else []
+            page = result.html(segmenter, settings, about, _changed(settings), uncertainty=doubt)
+            delivery.place(html_path).write_text(page, encoding="utf-8")
         with session.interrupts.held():
             delivery.deliver()
     for path in files:
         session.say(f"Wrote {path}")
 
 
-def _cases_path(csv_path: Path) -> Path:
-    """Where the per-case table goes: ``out.csv`` -> ``out_cases.csv``."""
-    return csv_path.with_name(f"{csv_path.stem}{CASES_SUFFIX}{csv_path.suffix}")
+def _beside(csv_path: Path, name: str) -> Path:
+    """Where another table goes: ``out.csv`` -> ``out_cases.csv``."""
+    return csv_path.with_name(f"{csv_path.stem}_{name}{csv_path.suffix}") if name else csv_path
+
+
+def _affordable(chosen: Preset, settings: TextSegmentationSettings) -> bool:
+    """Uncertainty is computed unasked where the trained method can answer; zero-shot it would take several times."""
+    from FreqSegLib import weights
+
+    return settings.method != "zero-shot" and chosen.trained is not None and weights.find(chosen.trained) is not None
 
 
 def _used(cases: Sequence[Case], available: dict[str, int]) -> list[str]:
@@ -158,6 +210,7 @@ def _used(cases: Sequence[Case], available: dict[str, int]) -> list[str]:
 
 def _notes(
     chosen: Preset,
+    trained: bool,
     settings: TextSegmentationSettings,
     cases: Sequence[Case],
     available: dict[str, int],
@@ -166,13 +219,9 @@ def _notes(
     from FreqSegLib import __version__
     from FreqSegLib.evaluation.report import NOTES, SEEN
 
-    changed = [
-        f"{option_name(item.name)} {getattr(settings, item.name)}"
-        for item in fields(settings)
-        if getattr(settings, item.name) != item.default
-    ]
-    said = f"FreqSeg {__version__}, preset {chosen.name} ({', '.join(chosen.weights)})"
-    notes = [f"{said}; settings changed: {', '.join(changed) if changed else 'none'}.", *NOTES]
+    ids = [*chosen.weights, *([chosen.trained] if trained and chosen.trained else [])]
+    said = f"FreqSeg {__version__}, preset {chosen.name} ({', '.join(ids)})"
+    notes = [f"{said}; settings changed: {_changed(settings)}.", *NOTES]
     if len(cases) < sum(available.values()):
         notes.append(f"Not all cases were used: {'; '.join(_used(cases, available))}, evenly spaced by name.")
     if max_slices:
@@ -180,3 +229,12 @@ def _notes(
     if "litemedsam" in chosen.weights:
         notes.append(SEEN)
     return notes
+
+
+def _changed(settings: TextSegmentationSettings) -> str:
+    changed = [
+        f"{option_name(item.name)} {getattr(settings, item.name)}"
+        for item in fields(settings)
+        if getattr(settings, item.name) != item.default
+    ]
+    return ", ".join(changed) or "none"

@@ -5,7 +5,6 @@ The page holds its pictures inside, so that it can be sent as one file.
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from FreqSegLib.evaluation import html_page
+from FreqSegLib.evaluation.drawing import DARK, WIDE, new_figure, place_axes, write
 from FreqSegLib.evaluation.fusion_comparison import OVERSHOOT, Comparison, best_methods, number
 from FreqSegLib.evaluation.fusion_metrics import METRICS
-from FreqSegLib.sheet import FOOTER, png
+from FreqSegLib.sheet import FOOTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +25,10 @@ if TYPE_CHECKING:
 
     from FreqSegLib.volume_fusion import Pair
 
-_PAGE, _CARD, _LINE = "#0e1217", "#171d25", "#2b3440"
-_TEXT, _MUTED = "#e9edf2", "#93a0af"
 _OWN, _LIMIT = "#ffb454", "#80ed99"
 _RULES = ("#4cc9f0", "#ff6b6b", "#b892ff", "#5ad1a5", "#d0d7e2")
 _MARKS = ("s", "^", "D", "v", "P")
 _DIFFERENCE, _SHARE = "RdBu_r", "coolwarm"
-_WIDE = 16.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +101,14 @@ def pictures_figure(shown: Shown, name: str) -> Figure:
     ratio = float(np.clip(height * shown.aspect / width, 0.4, 1.6))
     large, small = 5, max(5, min(len(masks), 5))
     edge, gap, title = 0.3, 0.18, 0.34
-    side = (_WIDE - 2 * edge - (large - 1) * gap) / large
-    little = (_WIDE - 2 * edge - (small - 1) * gap) / small
+    side = (WIDE - 2 * edge - (large - 1) * gap) / large
+    little = (WIDE - 2 * edge - (small - 1) * gap) / small
     lines = -(-len(masks) // small)
     top = 0.75
     down = top + title + side * ratio + lines * (title + little * ratio + 0.1) + 0.55
-    figure = _figure(_WIDE, down)
-    _text(figure, edge, 0.45, f"CT and MR fused by {name}", 17, _TEXT, bold=True)
-    _text(figure, _WIDE - edge, 0.45, shown.title, 12, _MUTED, right=True)
+    figure = new_figure(down)
+    write(figure, edge, 0.45, f"CT and MR fused by {name}", 17, DARK.text, bold=True)
+    write(figure, WIDE - edge, 0.45, shown.title, 12, DARK.muted, right=True)
     for place, panel in enumerate(panels):
         _panel(figure, edge + place * (side + gap), top + title, side, side * ratio, *panel, shown.aspect)
     below = top + title + side * ratio + 0.1
@@ -118,12 +116,12 @@ def pictures_figure(shown: Shown, name: str) -> Figure:
         line, column = divmod(place, small)
         y = below + title + line * (little * ratio + title + 0.1)
         _panel(figure, edge + column * (little + gap), y, little, little * ratio, *panel, shown.aspect)
-    _text(figure, edge, down - 0.15, FOOTER, 10, _MUTED)
+    write(figure, edge, down - 0.15, FOOTER, 10, DARK.muted)
     if masks:
         note = "Differences: red is brighter than the source, blue darker. Masks: red comes from the CT, blue the MR."
     else:
         note = "Differences: red is brighter than the source, blue darker."
-    _text(figure, _WIDE - edge, down - 0.15, note, 10, _MUTED, right=True)
+    write(figure, WIDE - edge, down - 0.15, note, 10, DARK.muted, right=True)
     return figure
 
 
@@ -134,26 +132,26 @@ def metrics_figure(comparison: Comparison) -> Figure:
     columns, edge, gap = 2, 0.3, 0.5
     rows = -(-len(lines) // columns)
     each, top = 0.8, 1.25
-    figure = _figure(_WIDE, top + rows * each + 0.45)
+    figure = new_figure(top + rows * each + 0.45)
     own, *rules = comparison.rows
-    _text(figure, edge, 0.45, "Every metric, with what the pair allows", 17, _TEXT, bold=True)
-    _text(figure, _WIDE - edge, 0.45, comparison.measured, 12, _MUTED, right=True)
+    write(figure, edge, 0.45, "Every metric, with what the pair allows", 17, DARK.text, bold=True)
+    write(figure, WIDE - edge, 0.45, comparison.measured, 12, DARK.muted, right=True)
     _legend(figure, own, rules, edge, 0.85)
-    wide = (_WIDE - 2 * edge - (columns - 1) * gap) / columns
+    wide = (WIDE - 2 * edge - (columns - 1) * gap) / columns
     for place, (key, label, better) in enumerate(lines):
         column, row = divmod(place, rows)
         left, y = edge + column * (wide + gap), top + row * each
-        _text(figure, left, y + 0.3, key, 12, _TEXT, bold=True)
-        _text(figure, left, y + 0.5, label + ("" if better > 0 else " (less is better)"), 8, _MUTED)
-        axes = _axes(figure, left + 2.75, y + 0.12, wide - 2.75 - 1.0, 0.3)
+        write(figure, left, y + 0.3, key, 12, DARK.text, bold=True)
+        write(figure, left, y + 0.5, label + ("" if better > 0 else " (less is better)"), 8, DARK.muted)
+        axes = place_axes(figure, left + 2.75, y + 0.12, wide - 2.75 - 1.0, 0.3)
         _scale(axes, comparison, key)
         best = own in best_methods(comparison, key, better)
         value = number(comparison.rows[own][key])
-        _text(figure, left + wide, y + 0.36, value, 13, _OWN if best else _TEXT, bold=best, right=True)
+        write(figure, left + wide, y + 0.36, value, 13, _OWN if best else DARK.text, bold=best, right=True)
     foot = "Right: the fused image's value, coloured where no plain rule beats it. Each scale ends at its extremes."
     bottom = figure.get_figheight() - 0.15
-    _text(figure, edge, bottom, FOOTER, 10, _MUTED)
-    _text(figure, _WIDE - edge, bottom, foot, 10, _MUTED, right=True)
+    write(figure, edge, bottom, FOOTER, 10, DARK.muted)
+    write(figure, WIDE - edge, bottom, foot, 10, DARK.muted, right=True)
     return figure
 
 
@@ -173,21 +171,16 @@ def report_page(
         *(("CT, MR, fused image, differences and masks", pictures_figure(one, name)) for one in shown),
         ("Every metric with its ceiling", metrics_figure(comparison)),
     ]
-    pictures = "\n".join(
-        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
-        for alt, figure in images
-    )
-    told = "\n".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts)
-    said = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    return _HTML.format(
-        title=html.escape(f"FreqSeg: CT and MR fused by {name}"),
-        facts=told,
-        notes=f"<ul>{said}</ul>" if said else "",
-        pictures=pictures,
-        table=_html_table(comparison),
-        measured=html.escape(comparison.measured),
-        footer=html.escape(FOOTER),
-    )
+    coloured = "Coloured: the best of each row. The plain rules are measured on the same slices."
+    body = [
+        html_page.facts(facts),
+        html_page.bullets(notes),
+        *(html_page.picture(figure, alt) for alt, figure in images),
+        html_page.heading("The numbers"),
+        html_page.paragraph(f"{comparison.measured}. {coloured}"),
+        _html_table(comparison),
+    ]
+    return html_page.page(f"FreqSeg: CT and MR fused by {name}", "\n".join(body))
 
 
 def _html_table(comparison: Comparison) -> str:
@@ -215,49 +208,6 @@ def _html_table(comparison: Comparison) -> str:
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, round(height * 100) / 100), dpi=100, facecolor=_PAGE)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches from the top left."""
-    across, down = figure.get_figwidth(), figure.get_figheight()
-    axes = figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down), facecolor="black")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(edgecolor=_LINE, linewidth=0.8)
-    return axes
-
-
-def _text(
-    figure: Figure,
-    left: float,
-    down: float,
-    text: str,
-    size: float,
-    color: str,
-    *,
-    bold: bool = False,
-    right: bool = False,
-) -> None:
-    figure.text(
-        left / figure.get_figwidth(),
-        1 - down / figure.get_figheight(),
-        text,
-        size=size,
-        color=color,
-        weight="bold" if bold else "normal",
-        ha="right" if right else "left",
-        parse_math=False,
-    )
-
-
 def _panel(
     figure: Figure,
     left: float,
@@ -270,8 +220,8 @@ def _panel(
     limits: tuple[float, float],
     aspect: float,
 ) -> None:
-    axes = _axes(figure, left, top, width, height)
-    axes.set_title(title, loc="left", size=11, color=_TEXT, pad=6)
+    axes = place_axes(figure, left, top, width, height)
+    axes.set_title(title, loc="left", size=11, color=DARK.text, pad=6)
     axes.imshow(picture, cmap=colours, vmin=limits[0], vmax=limits[1], aspect=aspect, interpolation="nearest")
 
 
@@ -290,7 +240,7 @@ def _legend(figure: Figure, own: str, rules: Sequence[str], left: float, top: fl
         bbox_to_anchor=(left / figure.get_figwidth() - 0.005, 1 - (top - 0.22) / figure.get_figheight()),
         ncols=len(handles),
         frameon=False,
-        labelcolor=_TEXT,
+        labelcolor=DARK.text,
         fontsize=11,
         handletextpad=0.3,
         columnspacing=1.6,
@@ -299,7 +249,7 @@ def _legend(figure: Figure, own: str, rules: Sequence[str], left: float, top: fl
 
 def _scale(axes: Axes, comparison: Comparison, key: str) -> None:
     """One metric: values as marks on a line, the ceiling as an upright."""
-    axes.set_facecolor(_CARD)
+    axes.set_facecolor(DARK.card)
     limit = comparison.ceilings[key].value if key in comparison.ceilings else 0.0
     values = {name: row[key] for name, row in comparison.rows.items()}
     finite = [value for value in (*values.values(), limit) if value is not None and np.isfinite(value)]
@@ -308,13 +258,13 @@ def _scale(axes: Axes, comparison: Comparison, key: str) -> None:
     low, high = min(finite), max(finite)
     room = 0.06 * (high - low) or 0.5
     axes.set(xlim=(low - room, high + room), ylim=(-1, 1))
-    axes.axhline(0, color=_LINE, linewidth=1)
+    axes.axhline(0, color=DARK.line, linewidth=1)
     if limit is not None:
         axes.axvline(limit, color=_LIMIT, linewidth=2, linestyle=(0, (2, 1.5)))
     own, *rules = values
     for place, rule in enumerate(rules):
         axes.plot(values[rule], 0, _MARKS[place], color=_RULES[place], markersize=6, alpha=0.95)
-    axes.plot(values[own], 0, "o", color=_OWN, markersize=9.5, markeredgecolor=_PAGE, zorder=5)
+    axes.plot(values[own], 0, "o", color=_OWN, markersize=9.5, markeredgecolor=DARK.page, zorder=5)
     # the two ends as numbers, under the line they belong to
     for value, side in ((low, "left"), (high, "right")):
         axes.annotate(
@@ -322,35 +272,9 @@ def _scale(axes: Axes, comparison: Comparison, key: str) -> None:
             (value, -1),
             xytext=(0, -3),
             textcoords="offset points",
-            color=_MUTED,
+            color=DARK.muted,
             size=8,
             ha=side,
             va="top",
             annotation_clip=False,
         )
-
-
-_HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ background: #0e1217; color: #e9edf2; font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1600px;
-  padding: 0 1rem }}
-img {{ width: 100%; border-radius: 6px; margin: .5rem 0 }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem }} dt {{ color: #93a0af }}
-dd {{ margin: 0 }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .3rem .7rem; border-bottom: 1px solid #2b3440; text-align: right }}
-th:first-child, td.why {{ text-align: left; font-weight: normal }} span, td.why, footer {{ color: #93a0af }}
-td.best {{ color: #ffb454; font-weight: bold }}
-</style></head><body>
-<h1>{title}</h1>
-<dl>{facts}</dl>
-{notes}
-{pictures}
-<h2>The numbers</h2>
-<p>{measured}. Coloured: the best of each row. The plain rules are measured on the same slices.</p>
-{table}
-<footer><p>{footer}</p></footer>
-</body></html>
-"""

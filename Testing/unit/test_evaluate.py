@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 
 from FreqSegLib.cli_app import Session
 from FreqSegLib.cli_evaluate import evaluate
 from FreqSegLib.clip.vocabulary import meaning, targets
-from FreqSegLib.errors import Cancelled, InputError, OutputError, SettingsError
+from FreqSegLib.errors import Cancelled, InputError, OutputError, SettingsError, VocabularyError
+from FreqSegLib.evaluation.calibration import SPREAD
 from FreqSegLib.evaluation.cases import (
     Case,
     chosen_cases,
@@ -25,10 +31,17 @@ from FreqSegLib.evaluation.cases import (
     thinned,
     wrong_prompts,
 )
-from FreqSegLib.evaluation.evaluate import EvaluationProgress, evaluate_cases
-from FreqSegLib.evaluation.report import case_csv, markdown, summaries, summary_csv
-from FreqSegLib.evaluation.segmentation_metrics import diagonal
+from FreqSegLib.evaluation.evaluate import CaseRow, CaseView, EvaluationProgress, evaluate_cases
+from FreqSegLib.evaluation.report import calibrations, markdown, summaries, target_block, wording_block
+from FreqSegLib.evaluation.report_csv import case_csv, summary_csv, wording_csv
+from FreqSegLib.evaluation.run_facts import not_measured
+from FreqSegLib.evaluation.segmentation_metrics import Overlap, diagonal
+from FreqSegLib.evaluation.segmentation_report import cases_figure, strip_figure, telling_cases
+from FreqSegLib.evaluation.wordings import wording, wording_differences
+from FreqSegLib.intensity import normalise
+from FreqSegLib.presets import PRESETS, Tuning
 from FreqSegLib.sam.promptable import Decoded
+from FreqSegLib.settings import TextSegmentationSettings
 from FreqSegLib.slices import Frame, SliceStack
 from FreqSegLib.text_segmentation import PreparedVolume, Progress, PromptResult, Segmentation, TextSegmenter
 from FreqSegLib.training import lite_data
@@ -51,12 +64,24 @@ class BoxDrawer:
 
 
 class Scripted:
-    """Answers every prompt with the mask ``answers`` holds for it on volumes of that name, or with nothing."""
+    """Answers every prompt with the mask ``answers`` holds for it on volumes of that name, or with nothing.
+
+    Asked with uncertainty, it is uncertain exactly where ``doubts`` says.
+    """
+
+    preset, device, trained = PRESETS["lite"], torch.device("cpu"), None
 
     def __init__(
-        self, answers: dict[tuple[str, str], np.ndarray] | None = None, refiner: BoxDrawer | None = None
+        self,
+        answers: dict[tuple[str, str], np.ndarray] | None = None,
+        refiner: BoxDrawer | None = None,
+        *,
+        doubts: dict[tuple[str, str], np.ndarray] | None = None,
+        refuses: Sequence[str] = (),
+        method: str = "zero-shot",
     ) -> None:
-        self.answers, self.refiner = answers or {}, refiner
+        self.answers, self.refiner, self.doubts, self.refuses = answers or {}, refiner, doubts or {}, refuses
+        self.settings, self.tuning, self.method = TextSegmentationSettings(), {"*": Tuning()}, method
         self.calls: list[str] = []
 
     def set_volume(self, volume: Volume, *, progress=None, cancel=None, settings=None) -> PreparedVolume:
@@ -68,17 +93,25 @@ class Scripted:
             if progress is not None:
                 progress(Progress("Reading slices", done, stack.count, None))
         frame = Frame.fit(stack.slice_shape, stack.pixel_spacing, 64)
-        self.prepared = PreparedVolume(volume, stack, None, frame, "key", ("raw",))
+        self.prepared = PreparedVolume(volume, stack, normalise(volume, "auto"), frame, "key", ("raw",))
         return self.prepared
 
     def segment(self, prompts: Sequence[str], *, progress=None, cancel=None, settings=None) -> Segmentation:
-        volume = self.prepared.volume
-        self.calls += [f"ask {prompt}" for prompt in prompts]
+        volume, unsure = self.prepared.volume, settings is not None and settings.uncertainty
+        self.calls += [f"{'doubt' if unsure else 'ask'} {prompt}" for prompt in prompts]
         results = []
         for prompt in prompts:
+            if prompt in self.refuses:
+                raise VocabularyError(f"'{prompt}' is not known")
             mask = self.answers.get((volume.name, prompt), np.zeros(volume.shape, dtype=bool))
+            doubt = (
+                self.doubts.get((volume.name, prompt), np.zeros(volume.shape)).astype(np.float32) if unsure else None
+            )
             scores = np.full(volume.shape[0], 0.25, dtype=np.float32)
-            results.append(PromptResult(prompt, mask, mask.astype(np.float32), None, 0.25, scores, (1, 0, 0), prompt))
+            known = [m.name for m in targets() if prompt in (*m.wordings, *m.held_out)]
+            meant = known[0] if known else None
+            map_ = mask.astype(np.float32)
+            results.append(PromptResult(prompt, mask, map_, doubt, 0.25, scores, (1, 0, 0), meant, method=self.method))
         return Segmentation(tuple(results), (), settings)
 
     def embedding(self, prepared: PreparedVolume, index: int) -> torch.Tensor:
@@ -351,7 +384,7 @@ def test_the_files_hold_what_the_table_shows(glioma: list[Case]) -> None:
     truth = block((4, 20, 20), slice(1, 3), slice(5, 15), slice(5, 15))
     rows = evaluate_cases(Scripted({(name_of(glioma[0].image), "brain tumour"): truth}), glioma)
     table = summaries(rows)
-    text = markdown(table, "Title", ["a note"])
+    text = markdown(target_block(table, "Title"), ["a note"])
     assert "# Title" in text
     assert "0.500 ± 0.707 (0.000–1.000)" in text
     assert "100 % (4 of 4)" in text
@@ -369,6 +402,183 @@ def test_the_files_hold_what_the_table_shows(glioma: list[Case]) -> None:
     assert [row["dsc"] for row in lines if row["belongs"] == "False"] == [""] * 4
 
 
+# -------------------------------------------------------------------------------------------------------- wordings
+
+
+def test_wordings_take_turns_over_the_cases_and_every_kind_is_asked_on_each(data: Path) -> None:
+    cases = list_cases(data, modalities=["ultrasound"])
+    segmenter = Scripted()
+    rows = evaluate_cases(segmenter, cases, wrong=1, wordings=("canonical", "held-out"))
+    lesion = meaning("breast lesion")
+    own = [row for row in rows if row.belongs]
+    assert [row.prompt for row in own] == ["breast lesion"] * 6
+    assert [row.asked for row in own if row.wordings == "canonical"] == ["breast lesion"] * 3
+    assert [row.asked for row in own if row.wordings == "held-out"] == list(lesion.held_out)
+    assert sum(call.startswith("set") for call in segmenter.calls) == 3
+    wrong = [row for row in rows if not row.belongs and row.wordings == "held-out"]
+    assert all(row.asked in meaning(row.prompt).held_out for row in wrong)
+
+
+def test_every_wording_is_of_its_kind() -> None:
+    tumour = meaning("brain tumour")
+    assert [wording(tumour, "canonical", n) for n in (0, 5)] == ["brain tumour"] * 2
+    assert [wording(tumour, "trained", n) for n in range(11)] == list(tumour.wordings)
+    assert [wording(tumour, "held-out", n) for n in range(5)] == [*tumour.held_out, tumour.held_out[0]]
+    with pytest.raises(SettingsError, match="canonical, trained, held-out, got 'unseen'"):
+        wording(tumour, "unseen", 0)  # type: ignore[arg-type]
+
+
+def test_words_that_are_refused_or_misread_are_counted(data: Path) -> None:
+    cases = list_cases(data, modalities=["ultrasound"])
+    truth = block((1, 24, 24), slice(None), slice(4, 12), slice(6, 14))
+    names = [name_of(case.image) for case in cases]
+    lesion = meaning("breast lesion")
+    answers = {(name, "breast lesion"): truth for name in names} | {(names[0], lesion.held_out[0]): truth}
+    rows = evaluate_cases(
+        Scripted(answers, refuses=lesion.held_out[2:]), cases, wrong=0, wordings=("canonical", "held-out")
+    )
+    refused = [row for row in rows if row.refused]
+    assert [(row.group, row.empty, row.missed, row.overlap.dsc) for row in refused] == [
+        ("busi/case_002", True, True, 0.0)
+    ]
+    (found,) = wording_differences(rows, ["canonical", "held-out"])
+    # the second case has no lesion: one case as good as before, one lost
+    assert (found.target, found.base, found.other, found.test.difference.n) == (
+        "breast lesion",
+        "canonical",
+        "held-out",
+        2,
+    )
+    assert found.test.difference.mean == pytest.approx(-0.5)
+    assert (found.refused, found.misread) == (1, 0)
+    table = {row.wordings: row for row in summaries(rows)}
+    assert (table["canonical"].missed, table["held-out"].missed) == (0, 1)
+    assert table["held-out"].method == "zero-shot 2, refused 1"
+    shown = target_block(list(table.values()), "T")
+    assert [cells[0] for cells in shown.rows] == ["breast lesion\n(canonical)", "breast lesion\n(held-out)"]
+    assert wording_block([found]).rows[0][3].startswith("-0.500")
+    (line,) = csv.DictReader(wording_csv([found]).splitlines())
+    assert float(line["difference_mean"]) == pytest.approx(-0.5)
+
+
+def test_words_taken_for_another_target_are_said_to_be(glioma: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    segmenter = Scripted()
+    plain = segmenter.segment
+
+    def segment(prompts: Sequence[str], **given) -> Segmentation:
+        found = plain(prompts, **given)
+        return replace(found, segments=tuple(replace(one, meaning="lungs") for one in found))
+
+    monkeypatch.setattr(segmenter, "segment", segment)
+    assert [row.misread for row in evaluate_cases(segmenter, glioma[:1], wrong=0)] == [True]
+
+
+# ----------------------------------------------------------------------------------------------------- uncertainty
+
+
+def test_uncertainty_is_asked_for_apart_and_compared_with_its_own_answers_errors(glioma: list[Case]) -> None:
+    shape = (4, 20, 20)
+    truth = block(shape, slice(1, 3), slice(5, 15), slice(5, 15))
+    found = block(shape, slice(1, 3), slice(5, 15), slice(5, 14))
+    key = (name_of(glioma[0].image), "brain tumour")
+    segmenter = Scripted({key: found}, doubts={key: np.where(found != truth, 0.3, 0.0)})
+    row, wrong = evaluate_cases(segmenter, glioma[:1], wrong=1, uncertainty=True)
+    asked = [call.split()[0] for call in segmenter.calls]
+    assert asked == ["set", "ask", "doubt", "ask"]
+    assert row.calibration.measures[SPREAD].auroc == {"band": 1, "whole": 1}
+    assert row.calibration.dsc == row.overlap.dsc
+    assert row.calibration.probability == {}
+    assert wrong.calibration is None
+    trained = evaluate_cases(Scripted({key: found}, method="trained"), glioma[:1], wrong=0, uncertainty=True)[0]
+    assert trained.method == "trained"
+    assert trained.calibration.probability["whole"].total == 4 * 20 * 20
+    assert [one.target for one in calibrations([row, trained])] == ["brain tumour"]
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_view_is_the_slice_with_most_of_the_target_else_of_what_was_drawn(data: Path, glioma: list[Case]) -> None:
+    false = block((4, 20, 20), slice(3, 4), slice(2, 6), slice(2, 6))
+    answers = {(name_of(glioma[0].image), "brain tumour"): false, (name_of(glioma[0].image), "lungs"): false}
+    rows = evaluate_cases(Scripted(answers), glioma[:1], wrong=3, views=True)
+    view = rows[0].view
+    # the file's rows run to the patient's front, the picture's to the back
+    assert view.truth.sum() == 100
+    assert not view.prediction.any()
+    assert view.title == "axial slice 2 of 4"
+    assert view.image.shape == (20, 20)
+    others = {row.prompt: row for row in rows[1:]}
+    assert others["lungs"].view.title == "axial slice 4 of 4"
+    assert others["lungs"].view.prediction.sum() == 16
+    assert others["lungs"].drawn == 16 / 1600
+    assert all(row.view is None for name, row in others.items() if name != "lungs")
+    assert evaluate_cases(Scripted(answers), glioma[:1], wrong=3)[0].view is None
+
+
+def rows_of(*scores: float) -> list[CaseRow]:
+    """A row a case; its truth is drawn with that DSC, or absent with a mask of -score of the image."""
+    view = CaseView("", np.zeros((9, 9), np.uint8), np.eye(9, dtype=bool), np.eye(9, dtype=bool), 1.0)
+    plain = {"modality": "ultrasound", "prompt": "breast lesion", "belongs": True, "unit": "px", "slices": 1}
+    plain |= {"absent_empty": 0, "box_dsc": None, "score": 0.5, "tower_slices": 1, "tower_seconds": 1.0}
+    plain |= {"prompt_seconds": 1.0, "slice_scores": (0.5,), "slice_truth": (True,), "view": view}
+    return [
+        CaseRow(
+            group=f"busi/{number}",
+            target_slices=int(score >= 0),
+            overlap=Overlap(score, score, 1.0) if score >= 0 else None,
+            empty=score == 0,
+            drawn=abs(score),
+            **plain,
+        )
+        for number, score in enumerate(scores)
+    ]
+
+
+def test_best_median_worst_and_the_worst_false_positive_are_told() -> None:
+    rows = rows_of(0.5, 0.9, -0.1, 0.0, 0.7, 0.8, -0.3)
+    found = [(name, row.group) for name, row in telling_cases(rows, "breast lesion")]
+    assert found == [
+        ("Best", "busi/1"),
+        ("Median", "busi/4"),
+        ("Worst", "busi/3"),
+        ("Worst false positive", "busi/6"),
+    ]
+    assert [name for name, _ in telling_cases(rows_of(0.4), "breast lesion")] == ["Only case"]
+    two = telling_cases(rows_of(0.4, 0.6), "breast lesion")
+    assert [(name, row.group) for name, row in two] == [("Best", "busi/1"), ("Worst", "busi/0")]
+    assert telling_cases(rows, "lungs") == []
+
+
+def test_figures_show_what_they_say(glioma: list[Case]) -> None:
+    rows = rows_of(0.5, 0.9, -0.1, 0.0)
+    cases = telling_cases(rows, "breast lesion")
+    figure = cases_figure("breast lesion", cases)
+    assert len(figure.axes) == 2 * len(cases)
+    said = [text.get_text() for text in figure.texts]
+    assert "Best: DSC 0.900" in said
+    assert "No false positive" not in said
+    clean = cases_figure("breast lesion", telling_cases(rows_of(0.5, 0.9), "breast lesion"), absent=3)
+    assert "asked for 3 times where it is not, always empty" in [text.get_text() for text in clean.texts]
+    assert "Worst: DSC 0.000" in said
+    strips = strip_figure(rows, summaries(rows))
+    dots = [line for line in strips.axes[0].lines if line.get_marker() == "o"]
+    assert sorted(float(dot.get_xdata()[0]) for dot in dots) == [0, 0.5, 0.9]
+    assert [dot.get_markerfacecolor() for dot in dots].count("none") == 1
+
+
+def test_what_was_not_measured_is_said() -> None:
+    rows = rows_of(0.5, 0.9)
+    said = " ".join(not_measured(summaries(rows, {"ultrasound": 25}), [], ["canonical"], uncertainty=False))
+    assert "Targets not evaluated: brain tumour, lungs" in said
+    assert "Not every case was used: breast lesion (2 of 25)" in said
+    assert "Few cases, wide intervals: breast lesion (2)" in said
+    assert "Every slice holds the target, so that nothing is known of its absence: breast lesion" in said
+    assert "No prompts for targets of other modalities" in said
+    assert "Wordings that were not asked: trained, held-out" in said
+    assert "Uncertainty was not computed" in said
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, glioma: list[Case]):
     truth = block((4, 20, 20), slice(1, 3), slice(5, 15), slice(5, 15))
@@ -380,7 +590,7 @@ def command(monkeypatch: pytest.MonkeyPatch, glioma: list[Case]):
     app.command()(evaluate)
 
     def run(*words: str) -> None:
-        app(args=["evaluate", *words], prog_name="freqseg", standalone_mode=False, obj=Session())
+        app(args=["evaluate", "--no-uncertainty", *words], prog_name="freqseg", standalone_mode=False, obj=Session())
 
     return run
 
@@ -401,6 +611,42 @@ def test_the_command_prints_and_writes_the_table(command, data: Path, tmp_path: 
     assert len(list(csv.DictReader(table.open(encoding="utf-8")))) == len(targets())
     cases = list(csv.DictReader((tmp_path / "out_cases.csv").open(encoding="utf-8")))
     assert sum(row["belongs"] == "True" for row in cases) == len(targets())
+
+
+def test_the_page_holds_tables_pictures_and_every_case(command, data: Path, tmp_path: Path, capsys) -> None:
+    page, table, text = tmp_path / "out.html", tmp_path / "out.csv", tmp_path / "out.md"
+    command(
+        *("--data", str(data), "--quiet", "--html", str(page), "--csv", str(table), "--markdown", str(text)),
+        *("--uncertainty", "--wordings", "canonical", "--wordings", "held-out", "--target", "brain tumour"),
+    )
+    written = page.read_text(encoding="utf-8")
+    for heading in (
+        *("What was run", "Accuracy", "What was not measured", "DSC of every case", "Other wordings"),
+        *("Does the uncertainty predict error?", "Best, median and worst cases"),
+        *("Every case", "Prompts for targets of other modalities"),
+    ):
+        assert f"<h2>{heading}</h2>" in written
+    assert "<h3>Settings of each target</h3>" in written
+    pictures = [Image.open(io.BytesIO(base64.b64decode(part))) for part in re.findall(r"base64,([^\"]+)\"", written)]
+    assert len(pictures) == 3
+    assert all(picture.size[0] == 1600 for picture in pictures)
+    assert not re.search(r'(?:src|href)="(?!data:)', written)
+    assert len(written) < 10e6
+    # the same numbers in every form
+    shown = "1.000 ± 0.000"
+    assert shown in written
+    assert shown in text.read_text(encoding="utf-8")
+    lines = list(csv.DictReader(table.open(encoding="utf-8")))
+    assert [(row["wordings"], row["method"], float(row["dsc_mean"])) for row in lines] == [
+        ("canonical", "zero-shot", 1.0),
+        ("held-out", "zero-shot", 0.0),
+    ]
+    for name in ("cases", "calibration", "reliability", "wordings"):
+        assert list(csv.DictReader((tmp_path / f"out_{name}.csv").open(encoding="utf-8")))
+    assert re.search(r"<th>lgg/TCGA_CS_0001</th><td>brain tumour</td><td>glial tumour of the brain</td>", written)
+    assert "torch" in written
+    assert "litemedsam" in written
+    assert str(tmp_path) not in written
 
 
 def test_a_single_target_reads_its_own_cases_alone(command, data: Path, capsys) -> None:
