@@ -8,14 +8,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ctk
 import qt
 import slicer
 import vtk
-from FreqSegPanel import fusion, geometry, segmentation_writer, vocabulary, volume_input
+from FreqSegPanel import fusion, geometry, segmentation_writer, spectral, vocabulary, volume_input
+from FreqSegPanel.choices import Choices
 from FreqSegPanel.fusion import FusionOptions, FusionReport
 from FreqSegPanel.packages import Packages
+from FreqSegPanel.run_section import noted
 from FreqSegPanel.sample_data import register_sample_data
 from FreqSegPanel.session import Options, Prompt, SegmentReport, Session, default_client
+from FreqSegPanel.spectral import SpectralReport
 from FreqSegPanel.tasks import Client, Progress, Task, Work
 from FreqSegPanel.trouble import Trouble
 from slicer import vtkMRMLMarkupsROINode, vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
@@ -44,8 +48,8 @@ class FreqSeg(ScriptedLoadableModule):
         self.parent.contributors = ["FreqSeg contributors"]
         self.parent.helpText = _(
             'Type what you look for, such as "brain tumour", and get a segmentation. Choose a volume, type, and press '
-            "Apply. The built-in preset runs on a plain computer without a network. A CT and an MR can be fused into "
-            "one volume. For research, not for diagnosis."
+            "Apply. The built-in preset runs on a plain computer without a network. Trained models segment what they "
+            "know without typing, and a CT and an MR can be fused into one volume. For research, not for diagnosis."
         )
         self.parent.helpText += self.getDefaultModuleDocumentationLink()
         self.parent.acknowledgementText = _(
@@ -66,6 +70,8 @@ class FreqSegParameterNode:
     inputVolume: vtkMRMLScalarVolumeNode
     region: vtkMRMLMarkupsROINode
     segmentation: vtkMRMLSegmentationNode
+    spectralVolume: vtkMRMLScalarVolumeNode
+    spectralSegmentation: vtkMRMLSegmentationNode
     fuseCT: vtkMRMLScalarVolumeNode
     fuseMR: vtkMRMLScalarVolumeNode
     fuseOutput: vtkMRMLScalarVolumeNode
@@ -81,6 +87,9 @@ class FreqSegParameterNode:
     uncertainty: bool = False
     show3D: bool = False
     overlayOpacity: float = 0.6
+    spectralModel: str = ""
+    spectralUncertainty: bool = False
+    spectralMethod: str = "flips"
     fuseMethod: str = ""
     fuseWave: str = ""
     fuseLevels: int = 0
@@ -122,6 +131,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         from FreqSegPanel.models_section import ModelsSection
         from FreqSegPanel.prompts_table import PromptsTable
         from FreqSegPanel.refine_section import RefineSection
+        from FreqSegPanel.spectral_section import SpectralSection
 
         uiWidget = slicer.util.loadUI(self.resourcePath("UI/FreqSeg.ui"))
         self.layout.addWidget(uiWidget)
@@ -130,6 +140,9 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self.logic is None:
             self.logic = FreqSegLogic()
         self.session: Session = self.logic.session
+
+        for editor in (self.ui.clipFolderEdit, self.ui.spectralFolderEdit, self.ui.weightsFolderEdit):
+            editor.filters = ctk.ctkPathLineEdit.Dirs
 
         self.timer = qt.QTimer()
         self.timer.setInterval(TICK_MILLISECONDS)
@@ -141,6 +154,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.prompts = PromptsTable(self.ui.promptsTable, self._edited)
         self.advanced = AdvancedForm(self.ui.advancedLayout, self._edited)
         self.refine = RefineSection(self.ui, self)
+        self.spectral = SpectralSection(self.ui, self)
         self.fuse = FuseSection(self.ui, self)
         self.look = LookSection(self.ui, self)
         self.models = ModelsSection(self.ui, self)
@@ -196,6 +210,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         sentence = _("The scene was closed; the run was stopped.")
         if self._task is not None:
             self.session.runner.abandon(self._task, sentence)
+        self.spectral.abandon(sentence)
         self.fuse.abandon(sentence)
         self.refine.forget()
         self._observe_segmentation(None)
@@ -227,6 +242,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             node = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
             if node is not None and not node.IsA("vtkMRMLLabelMapVolumeNode"):
                 parameters.inputVolume = node
+        self.spectral.guess()
         self.fuse.guess()
 
     def setParameterNode(self, node: FreqSegParameterNode | None) -> None:
@@ -266,7 +282,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     @property
     def device(self) -> str:
-        return self._chosen(self.ui.deviceComboBox)
+        return self._choices.chosen(self.ui.deviceComboBox)
 
     @property
     def preset(self) -> vocabulary.KnownPreset:
@@ -275,10 +291,10 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def options(self) -> Options:
         """How to segment, as the panel is set."""
         settings = dict(self.advanced.values)
-        axis = self._chosen(self.ui.axisComboBox)
+        axis = self._choices.chosen(self.ui.axisComboBox)
         if axis != "auto":
             settings["axis"] = axis
-        method = self._chosen(self.ui.methodComboBox)
+        method = self._choices.chosen(self.ui.methodComboBox)
         if method not in ("", "auto"):
             settings["method"] = method
         preset = self.preset
@@ -288,7 +304,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
             self.device,
             settings,
             self._parameterNode.uncertainty,
-            (self._chosen(self.ui.samModelComboBox) or None) if preset.takes_other_weights else None,
+            (self._choices.chosen(self.ui.samModelComboBox) or None) if preset.takes_other_weights else None,
             self.ui.clipFolderEdit.currentPath.strip() or None if own else None,
             self.ui.samFileEdit.currentPath.strip() or None if own else None,
         )
@@ -319,9 +335,9 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         return ""
 
     def _fill_choices(self) -> None:
-        self._values: dict[str, list[str]] = {}
-        self._fill(self.ui.presetComboBox, [(preset.title, preset.name) for preset in self._known_presets])
-        self._fill(
+        self._choices = Choices()
+        self._choices.fill(self.ui.presetComboBox, [(preset.title, preset.name) for preset in self._known_presets])
+        self._choices.fill(
             self.ui.axisComboBox,
             [
                 (_("Automatic"), "auto"),
@@ -330,28 +346,17 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
                 (_("Sagittal"), "sagittal"),
             ],
         )
-        self._fill(
+        self._choices.fill(
             self.ui.deviceComboBox,
             [(_("Automatic"), "auto"), (_("Processor"), "cpu"), (_("Graphics card (CUDA)"), "cuda")],
         )
-        self._fill(self.ui.samModelComboBox, [(_("The preset's own"), ""), *((n, n) for n in vocabulary.sam_choices())])
+        self._choices.fill(
+            self.ui.samModelComboBox, [(_("The preset's own"), ""), *((n, n) for n in vocabulary.sam_choices())]
+        )
         methods = vocabulary.methods()
-        self._fill(self.ui.methodComboBox, [(title, name) for name, title in methods])
+        self._choices.fill(self.ui.methodComboBox, [(title, name) for name, title in methods])
         for widget in (self.ui.methodLabel, self.ui.methodComboBox):
             widget.setVisible(len(methods) > 1)
-
-    def _fill(self, combo, choices: Sequence[tuple[str, str]]) -> None:
-        combo.addItems([title for title, _value in choices])
-        self._values[combo.objectName] = [value for _title, value in choices]
-
-    def _chosen(self, combo) -> str:
-        values = self._values[combo.objectName]
-        return values[combo.currentIndex] if 0 <= combo.currentIndex < len(values) else ""
-
-    def _choose(self, combo, value: str) -> None:
-        values = self._values[combo.objectName]
-        if value in values and combo.currentIndex != values.index(value):
-            combo.setCurrentIndex(values.index(value))
 
     def _edited(self, *ignored: Any) -> None:
         """From the widgets that the parameter node does not connect by itself."""
@@ -362,10 +367,10 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         parameters.prompts = self.prompts.text
         parameters.settings = self.advanced.text
         parameters.preset = self.preset.name
-        parameters.axis = self._chosen(self.ui.axisComboBox)
-        parameters.method = self._chosen(self.ui.methodComboBox)
+        parameters.axis = self._choices.chosen(self.ui.axisComboBox)
+        parameters.method = self._choices.chosen(self.ui.methodComboBox)
         parameters.device = self.device
-        parameters.samModel = self._chosen(self.ui.samModelComboBox)
+        parameters.samModel = self._choices.chosen(self.ui.samModelComboBox)
         parameters.clipFolder = self.ui.clipFolderEdit.currentPath
         parameters.samFile = self.ui.samFileEdit.currentPath
         if wasModifying is not None:
@@ -381,11 +386,11 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if parameters.inputVolume is not self._shown_volume:
             self._shown_volume = parameters.inputVolume
             self._go_to_results_of_the_volume()
-        self._choose(self.ui.presetComboBox, parameters.preset)
-        self._choose(self.ui.axisComboBox, parameters.axis)
-        self._choose(self.ui.methodComboBox, parameters.method)
-        self._choose(self.ui.deviceComboBox, parameters.device)
-        self._choose(self.ui.samModelComboBox, parameters.samModel)
+        self._choices.choose(self.ui.presetComboBox, parameters.preset)
+        self._choices.choose(self.ui.axisComboBox, parameters.axis)
+        self._choices.choose(self.ui.methodComboBox, parameters.method)
+        self._choices.choose(self.ui.deviceComboBox, parameters.device)
+        self._choices.choose(self.ui.samModelComboBox, parameters.samModel)
         for editor, path in (
             (self.ui.clipFolderEdit, parameters.clipFolder),
             (self.ui.samFileEdit, parameters.samFile),
@@ -402,6 +407,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.ownWeightsWidget.setVisible(preset.takes_other_weights)
         for widget in (self.ui.clipFolderLabel, self.ui.clipFolderEdit, self.ui.samFileLabel, self.ui.samFileEdit):
             widget.setVisible(own)
+        self.spectral.show_parameters()
         self.fuse.show_parameters()
         self._observe_segmentation(parameters.segmentation)
         self._updating = False
@@ -422,6 +428,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.ui.editorButton.setEnabled(node is not None)
         if self._parameterNode is not None:
             self.refine.update()
+            self.spectral.update()
             self.fuse.update()
             self.look.update()
         if not self.busy and not self._has_message:
@@ -442,16 +449,8 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
     def _go_to_results_of_the_volume(self) -> None:
         """Another volume has results of its own: go to them, or to a new segmentation."""
         self._has_message = False
-        volume, segmentation = self.volume, self.segmentation
-        if volume is None or self.busy:
-            return
-        if segmentation is not None and segmentation_writer.reference_volume(segmentation) not in (None, volume):
-            mine = [
-                node
-                for node in slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
-                if node.GetSaveWithScene() and segmentation_writer.reference_volume(node) is volume
-            ]
-            self._parameterNode.segmentation = mine[-1] if mine else None
+        if self.volume is not None and not self.busy:
+            self._parameterNode.segmentation = segmentation_writer.results_of(self.volume, self.segmentation)
 
     def _fit_region(self, node) -> None:
         """A new region starts as the whole volume."""
@@ -498,7 +497,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
 
     def restart_worker(self) -> None:
         """After packages or folders changed: the next run starts another worker."""
-        if self.session.started and not self.busy and not self.fuse.busy:
+        if self.session.started and not (self.busy or self.spectral.busy or self.fuse.busy):
             self.session.restart()
 
     def _tick(self) -> None:
@@ -531,7 +530,7 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         if self.why_not_apply() or not self.ready():
             return
         volume = self.volume
-        along = geometry.stack_axis(volume, self._chosen(self.ui.axisComboBox))
+        along = geometry.stack_axis(volume, self._choices.chosen(self.ui.axisComboBox))
         index = self._current_slice(along)
         self._has_message = True
         self._run(
@@ -612,9 +611,8 @@ class FreqSegWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         parameters = self._parameterNode or self.logic.getParameterNode()
         if parameters.inputVolume is report.volume_node:
             parameters.segmentation = report.segmentation_node
-        notes = [_("Note: {warning}").format(warning=warning) for warning in report.warnings]
         self._has_message = True
-        self.say("\n".join([*report.sentences, *notes]))
+        self.say(noted(report.sentences, report.warnings))
         self._update()
         if report.segment_ids:
             self.refine.choose(report.segment_ids[0])
@@ -747,6 +745,46 @@ class FreqSegLogic(ScriptedLoadableModuleLogic):
         options = Options(preset, device, dict(settings or {}), uncertainty)
         rows = [Prompt(text) for text in texts]
         work = self.session.segment_work(volumeNode, rows, segmentationNode, options, roiNode)
+        task = self.session.task(work, (volumeNode, segmentationNode), on_progress=progress)
+        return self.session.runner.finish(task) if waitForCompletion else task
+
+    def segmentWithModel(
+        self,
+        volumeNode,
+        model: str,
+        segmentationNode=None,
+        *,
+        uncertainty: str | None = None,
+        device: str = "auto",
+        progress: Callable[[Progress], None] | None = None,
+        waitForCompletion: bool = True,
+    ) -> SpectralReport | Task:
+        """Segment a volume with a trained spectral model, one segment for each structure it knows.
+
+        Args:
+            volumeNode: a volume or picture, as the model takes them.
+            model: its name, such as "spectral-lungs", or its folder.
+            segmentationNode: where to write; a new one is made without it.
+            uncertainty: "flips" or "dropout" to measure it too; "dropout" needs a model that was trained with it.
+            device: "auto", "cpu" or "cuda".
+            progress: called with stage, done, total and seconds left.
+            waitForCompletion: without it a task is returned at once, to be driven by ``logic.session.runner.tick()``.
+
+        Returns:
+            The report: segmentation node, segment ids, uncertainty volume, sentences and warnings.
+
+        Raises:
+            Trouble: with a sentence, and a code such as "input" or "weights".
+        """
+        from FreqSegPanel.models_section import weights_folder
+
+        known = spectral.model_of(model, [weights_folder()])
+        sentence = spectral.why_not(volumeNode, known)
+        if sentence:
+            raise Trouble("input", sentence)
+        work = spectral.segment_work(
+            self.session, volumeNode, segmentationNode, known, uncertainty=uncertainty, device=device
+        )
         task = self.session.task(work, (volumeNode, segmentationNode), on_progress=progress)
         return self.session.runner.finish(task) if waitForCompletion else task
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +31,16 @@ def train_spectral(
 ) -> None:
     """Train a spectral model on images or volumes with labels.
 
+    A model in a folder where weights are looked for is then known by its name: freqseg spectral VOLUME --model NAME.
     Several processes: torchrun --nproc-per-node N -m FreqSegLib train-spectral CONFIG
     """
+    from FreqSegLib import weights
     from FreqSegLib.training.spectral_recipe import train_spectral as run
 
     session = session_of(context)
     folder = run(config, work, models, data=data, device=device, report=session.say)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if folder.name in weights.catalogue():
+        weights.record_shipped(folder.name, models)
     session.say(f"Weights, {folder.name}'s description and its card are in {folder}")

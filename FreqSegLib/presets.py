@@ -61,6 +61,9 @@ class Preset:
         return replace(settings, **{name: found[name] for name in empty if name in found})
 
 
+SMALLEST_PART = 0.05
+"""Share of the largest 3D part under which another one is taken for a speck."""
+
 _COMMON: dict[str, Any] = {
     "bottleneck": "m2ib",
     "train_steps": 10,
@@ -69,6 +72,7 @@ _COMMON: dict[str, Any] = {
     "threshold_value": 0.5,
     "confidence_threshold": 0.5,
     "num_contours": 0,
+    "smallest_part": SMALLEST_PART,
     "refine": True,
     "prompt_kind": "boxes",
     "box_margin": 0.0,

@@ -55,6 +55,9 @@ class TextSegmentationSettings:
         None, "Drop components whose mean saliency is below this, in [0, 1].", least=0.0, most=1.0
     )
     num_contours: int | None = _option(None, "Largest components kept a slice (0: all).", least=0, most=100)
+    smallest_part: float | None = _option(
+        None, "Drop 3D parts smaller than this share of the largest (1: keep one).", least=0.0, most=1.0
+    )
     gate: bool = _option(True, "Leave slices empty where the target is judged absent.")
     refine: bool | None = _option(None, "Refine the coarse mask with the SAM-family model.")
     prompt_kind: PromptKind | None = _option(None, "Visual prompts given to it.")

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from FreqSegLib import weights
 from FreqSegLib.checkpoint import load_exactly, read_state_dict
 from FreqSegLib.device import Batches, default_batch_size, first_line, is_out_of_memory, resolve_device
 from FreqSegLib.errors import DeviceError, SettingsError, WeightsError
 from FreqSegLib.mamba.model_config import MODEL_FILE, WEIGHTS_FILE, SpectralModel
+from FreqSegLib.mamba.model_folders import find_model
 from FreqSegLib.mamba.spectral_input import SliceInput, VolumeInput
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.progress import CancelCallback, ProgressCallback, Stage
@@ -270,40 +270,6 @@ class SpectralSegmenter:
         for axis, side in enumerate(size, start=2):
             found = found.narrow(axis, 0, side)
         return found
-
-
-def find_model(name_or_folder: str | Path) -> Path:
-    """The folder of a model, by its name or path.
-
-    Raises:
-        WeightsError: there is none; the message names those that are here.
-    """
-    folder = Path(name_or_folder)
-    if (folder / MODEL_FILE).is_file():
-        return folder
-    name = str(name_or_folder)
-    if name in weights.catalogue():
-        return weights.require(name)
-    for place in weights.search_folders() if folder.name == name else ():
-        if (place / name / MODEL_FILE).is_file():
-            return place / name
-    there = installed_models()
-    raise WeightsError(
-        f"there is no spectral model '{name}'. Give the folder of one (with {MODEL_FILE}), or a name; here are: "
-        f"{', '.join(there) or 'none, train one with freqseg train-spectral'}"
-    )
-
-
-def installed_models() -> list[str]:
-    """Names of the spectral models on this machine."""
-    found = {
-        path.parent.name
-        for place in weights.search_folders()
-        if place.is_dir()
-        for path in place.glob(f"*/{MODEL_FILE}")
-        if (path.parent / WEIGHTS_FILE).is_file()
-    }
-    return sorted(found)
 
 
 class _Gathered:

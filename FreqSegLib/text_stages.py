@@ -36,7 +36,6 @@ from FreqSegLib.wavelet import frequency_images
 if TYPE_CHECKING:
     from FreqSegLib.text_segmentation import TextSegmenter
 
-SMALLEST_COMPONENT_SHARE = 0.05
 # on validation slices the right modality leads by 0.6 or more in the mean, a wrong one by 0.8 or more
 CLEARLY_ANOTHER = 0.2
 PALETTE = ((0.56, 0.93, 0.56), (0.35, 0.65, 0.90), (0.95, 0.55, 0.35), (0.77, 0.65, 0.94), (0.95, 0.82, 0.35))
@@ -194,6 +193,7 @@ class PromptRun:
         assert s.threshold_value is not None
         assert s.confidence_threshold is not None
         assert s.num_contours is not None
+        assert s.smallest_part is not None
         found = coarse_mask(
             saliency,
             self.places(present),
@@ -202,7 +202,7 @@ class PromptRun:
             confidence_threshold=s.confidence_threshold,
             num_contours=s.num_contours,
         )
-        return largest_components_3d(found, SMALLEST_COMPONENT_SHARE)
+        return largest_components_3d(found, s.smallest_part)
 
     def places(self, present: Presence) -> NDArray[np.bool_]:
         """Where the target may be, (S, h, w): in slices that passed the gate, outside the air around the patient."""
@@ -248,7 +248,8 @@ class PromptRun:
             refined = refine_slice(model, embedding, frame, prompts, vote=self.settings.vote)
             mask[index] = refined.mask if refined.mask.any() else coarse[index]
             stage.advance(done)
-        return largest_components_3d(mask, SMALLEST_COMPONENT_SHARE)
+        assert self.settings.smallest_part is not None
+        return largest_components_3d(mask, self.settings.smallest_part)
 
     def result(
         self,

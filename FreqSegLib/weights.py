@@ -583,6 +583,9 @@ _TRAINED_BY = {
     "lite-text-guided": "train-text-guided",
     "fusion-single-scale": "train-fusion",
     "fusion-multi-scale": "train-fusion",
+    "spectral-hippocampus": "train-spectral",
+    "spectral-lungs": "train-spectral",
+    "spectral-glioma": "train-spectral",
 }
 
 
@@ -673,6 +676,12 @@ def _biomedclip(name: str, sha256: str | None = None, size: int | None = None) -
     return WeightFile(name, sha256, size, (UrlSource(f"{_BIOMEDCLIP_HOME}/resolve/{_BIOMEDCLIP_REVISION}/{name}"),))
 
 
+def _spectral(name: str, what: str, licence: str) -> WeightSet:
+    files = (WeightFile("model.safetensors", None, None), WeightFile("model.json", None, None))
+    note = "Shipped with FreqSeg; its model card lies beside it."
+    return WeightSet(f"spectral-{name}", f"{what} (trained for FreqSeg)", files, licence, "", note)
+
+
 def _sam(set_id: str, title: str, filename: str, sha256: str, size: int) -> WeightSet:
     file = WeightFile(filename, sha256, size, (UrlSource(f"{_SAM_HOME}/{filename}"),))
     return WeightSet(set_id, title, (file,), "Apache-2.0", "https://github.com/facebookresearch/segment-anything")
@@ -749,6 +758,9 @@ _SETS = (
         "",
         "Shipped with FreqSeg; its model card lies beside it.",
     ),
+    _spectral("hippocampus", "Spectral VMamba: hippocampus in T1 MR", "research, non-commercial (data: CC BY-SA 4.0)"),
+    _spectral("lungs", "Spectral VMamba: lungs in chest radiographs", "research; cite the Shenzhen set (NLM)"),
+    _spectral("glioma", "Spectral VMamba: glioma in FLAIR MR", "research, non-commercial (data: CC BY-NC-SA)"),
     WeightSet(
         "biomedclip",
         "BiomedCLIP (ViT-B/16 and PubMedBERT)",

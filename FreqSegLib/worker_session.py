@@ -161,7 +161,7 @@ class Session:
         self._load = load
         self._cache = SliceCache()
         self._segmenter: tuple[ModelChoice, Any] | None = None
-        self._other: tuple[tuple[Any, str, dict[str, Any]], Any] | None = None
+        self._other: tuple[tuple[Any, str, float, dict[str, Any]], Any] | None = None
         self._volumes: OrderedDict[str, KeptVolume] = OrderedDict()
         self._files = 0
         # set by another thread
@@ -364,7 +364,9 @@ class Session:
     def spectral_segment(self, request: SpectralSegment, job: Job) -> dict[str, Any]:
         """See :class:`FreqSegLib.protocol.SpectralSegment`."""
         kind = _pipeline("FreqSegLib.spectral_segmentation", "SpectralSegmenter", "Spectral segmentation")
-        segmenter = self._other_models(kind.from_model, request.model, job, device=request.device)
+        segmenter = self._other_models(
+            kind.from_model, request.model, job, stamp=_stamp(request.model), device=request.device
+        )
         result = segmenter.segment(
             _volume(request.volume)[0],
             uncertainty=request.uncertainty,
@@ -419,10 +421,10 @@ class Session:
         job.check()
         return self._segmenter[1]
 
-    def _other_models(self, load: Callable[..., Any], name: str, job: Job, **options: Any) -> Any:
-        """Another pipeline's models, loaded once as long as the same are asked for."""
+    def _other_models(self, load: Callable[..., Any], name: str, job: Job, stamp: float = 0, **options: Any) -> Any:
+        """Another pipeline's models, loaded once as long as the same, of the same ``stamp``, are asked for."""
         self._look_for_other_weights()
-        wanted = (load, name, options)
+        wanted = (load, name, stamp, options)
         if self._other is None or self._other[0] != wanted:
             self._other = None
             job.progress(Progress("Loading models", 0, 1, None))
@@ -683,6 +685,15 @@ def _slice_of(segment: KeptSegment, axis: int, index: int, slice_index: int, fol
     values["slice_scores"] = [segment.values["slice_scores"][slice_index]]
     values["sentence"] = f"{values['name']}: {'nothing' if values['empty'] else 'found'} on this slice."
     return values
+
+
+def _stamp(model: str) -> float:
+    """When the weights of a spectral model were written: a model may be trained again while the worker runs."""
+    from FreqSegLib.mamba.model_config import WEIGHTS_FILE
+    from FreqSegLib.mamba.model_folders import find_model
+
+    path = find_model(model) / WEIGHTS_FILE
+    return path.stat().st_mtime if path.is_file() else 0
 
 
 def _pipeline(module: str, name: str, what: str) -> Any:

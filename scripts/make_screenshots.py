@@ -23,6 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "Resources" / "Screenshots")
     parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--only", choices=("fuse", "models", "real", "spectral"), help="one picture alone")
+    parser.add_argument("--spectral-model", default="spectral-hippocampus", help="a model's name or folder")
     chosen = parser.parse_args()
     chosen.output.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT / "Testing" / "slicer"))
@@ -30,7 +32,11 @@ def main() -> None:
 
     app = Application.start()
     try:
-        Screenshots(app, chosen.output, chosen.device).take()
+        pictures = Screenshots(app, chosen.output, chosen.device, chosen.spectral_model)
+        if chosen.only:
+            getattr(pictures, chosen.only)()
+        else:
+            pictures.take()
     finally:
         app.stop()
 
@@ -38,8 +44,8 @@ def main() -> None:
 class Screenshots:
     """One session with the panel, and a picture at every stage of it."""
 
-    def __init__(self, app: Any, folder: Path, device: str) -> None:
-        self.app, self.folder = app, folder
+    def __init__(self, app: Any, folder: Path, device: str, spectral_model: str) -> None:
+        self.app, self.folder, self.spectral_model = app, folder, spectral_model
         import slicer
 
         self.slicer = slicer
@@ -58,6 +64,7 @@ class Screenshots:
         self.fuse()
         self.models()
         self.real()
+        self.spectral()
 
     def segment(self) -> None:
         self.ui.inputVolumeSelector.setCurrentNode(self.volume)
@@ -170,6 +177,56 @@ class Screenshots:
         self.ui.applyButton.click()
         self.wait(lambda: not self.panel.busy)
         self.grab("real.png", place)
+
+    def spectral(self) -> None:
+        """A hippocampus of the test set, its two parts and the uncertainty; needs the images and the model."""
+        import numpy as np
+
+        sys.path.insert(0, str(ROOT))
+        from FreqSegLib.evaluation.cases import default_data_folder
+
+        images = sorted((default_data_folder() / "segmentation" / "hippocampus" / "test" / "images").glob("*.nii.gz"))
+        if not images:
+            print("no real images: spectral.png stays as it is")
+            return
+        util = self.slicer.util
+        self.volume = util.loadVolume(str(images[0]))
+        self.volume.SetName("Hippocampus T1")
+        for name in ("segmentSection", "fuseSection", "lookSection", "modelsSection"):
+            getattr(self.ui, name).setProperty("collapsed", True)
+        self.ui.spectralSection.setProperty("collapsed", False)
+        if Path(self.spectral_model).is_dir():
+            self.ui.spectralFolderEdit.setCurrentPath(self.spectral_model)
+        place = self.ui.spectralModelComboBox.findText(Path(self.spectral_model).name)
+        if place < 0:
+            print(f"there is no model {self.spectral_model}: spectral.png stays as it is")
+            return
+        self.ui.spectralModelComboBox.setCurrentIndex(place)
+        self.ui.spectralVolumeSelector.setCurrentNode(self.volume)
+        self.ui.spectralUncertaintyCheckBox.setChecked(True)
+        self.app.process(0.2)
+        self.ui.spectralButton.click()
+        self.wait(lambda: not self.panel.spectral.busy)
+        node = self.panel.parameters.spectralSegmentation
+        if node is None:
+            raise SystemExit(f"nothing was segmented: {self.ui.spectralStatusLabel.text}")
+        node.CreateClosedSurfaceRepresentation()
+        found = [
+            util.arrayFromSegmentBinaryLabelmap(node, node.GetSegmentation().GetNthSegmentID(index), self.volume) > 0
+            for index in range(node.GetSegmentation().GetNumberOfSegments())
+        ]
+        voxels = np.argwhere(np.any(found, axis=0))
+        if not len(voxels):
+            raise SystemExit(f"nothing was found: {self.ui.spectralStatusLabel.text}")
+        self.grab("spectral.png", self.world_of(voxels.mean(axis=0)[::-1]))
+        self.ui.spectralFolderEdit.setCurrentPath("")
+        self.ui.spectralSection.setProperty("collapsed", True)
+
+    def world_of(self, ijk: Any) -> list[float]:
+        """World position of a voxel of the volume."""
+        from FreqSegPanel import geometry
+
+        return list(geometry.ijk_to_world(self.volume, [tuple(ijk)])[0])
 
     def thumbnails(self) -> None:
         """Pictures of the samples for Slicer's Sample Data module."""

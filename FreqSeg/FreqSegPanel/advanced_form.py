@@ -35,6 +35,7 @@ def labels() -> dict[str, str]:
         "threshold_value": _("Fixed threshold"),
         "confidence_threshold": _("Drop parts below"),
         "num_contours": _("Parts kept a slice"),
+        "smallest_part": _("Smallest part kept"),
         "gate": _("Leave slices without it empty"),
         "refine": _("Draw with the SAM model"),
         "prompt_kind": _("Drawn from"),

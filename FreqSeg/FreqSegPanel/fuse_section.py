@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import slicer
 from slicer.i18n import tr as _
 
 from . import fusion, geometry, vocabulary, volume_input
+from .choices import Choices
 from .fusion import FusionOptions, FusionReport
-from .tasks import Progress, Task
+from .run_section import RunSection, RunWidgets, noted
 from .trouble import Trouble
 
 WAVES = ("haar", *(f"db{number}" for number in range(2, 9)), "bior2.2", "bior4.4", "coif2", "coif4")
 
 
-class FuseSection:
+class FuseSection(RunSection):
     """Reads the choices, runs the fusion, shows the result; offers to register a pair that was refused."""
 
     def __init__(self, ui, panel) -> None:
@@ -24,39 +24,32 @@ class FuseSection:
         ui: the panel's widgets.
         panel: gives ``session``, ``parameters``, ``device``, ``start(work, ...)``, ``ready(label)`` and ``say(...)``.
         """
-        self.ui, self.panel = ui, panel
+        widgets = RunWidgets(ui.fuseButton, ui.fuseCancelButton, ui.fuseProgressBar, ui.fuseStatusLabel)
+        RunSection.__init__(self, panel, widgets)
+        self.ui = ui
         self._methods = vocabulary.fusions()
         self._usual = fusion.usual_method()
-        self._task: Task | None = None
         self._pair: tuple[Any, Any] = (None, None)
         self._cautioned: tuple[Any, str] | None = None
-        self._has_message = False
         self._updating = False
-        self._values: dict[str, list[str]] = {}
-        self._fill(ui.fuseMethodComboBox, [(method.title, method.name) for method in self._methods])
-        self._fill(ui.fuseWaveComboBox, [(_("The method's own"), ""), *((wave, wave) for wave in WAVES)])
+        self._choices = Choices()
+        self._choices.fill(ui.fuseMethodComboBox, [(method.title, method.name) for method in self._methods])
+        self._choices.fill(ui.fuseWaveComboBox, [(_("The method's own"), ""), *((wave, wave) for wave in WAVES)])
         shows = [
             (_("The fused volume alone"), fusion.ALONE),
             (_("Blended over the CT"), fusion.OVER_CT),
             (_("Blended over the MR"), fusion.OVER_MR),
         ]
-        self._fill(ui.fuseShowComboBox, shows)
+        self._choices.fill(ui.fuseShowComboBox, shows)
         for combo in (ui.fuseMethodComboBox, ui.fuseWaveComboBox):
             combo.currentIndexChanged.connect(self._edited)
         ui.fuseShowComboBox.currentIndexChanged.connect(lambda *ignored: self._show_chosen())
         ui.fuseOpacitySlider.valueChanged.connect(self._set_opacity)
-        ui.fuseButton.clicked.connect(lambda *ignored: self.apply())
-        ui.fuseCancelButton.clicked.connect(lambda *ignored: self.cancel())
         ui.registerAndFuseButton.clicked.connect(lambda *ignored: self._register_and_fuse())
         ui.fuseAnywayButton.clicked.connect(lambda *ignored: self.apply(check=False))
-        ui.fuseProgressBar.setVisible(False)
         self._offer(False, False)
 
     # What the section is set to
-
-    @property
-    def busy(self) -> bool:
-        return self._task is not None and not self._task.finished
 
     @property
     def method(self) -> vocabulary.KnownFusion:
@@ -67,7 +60,7 @@ class FuseSection:
         parameters, method = self.panel.parameters, self.method
         return FusionOptions(
             method.name,
-            (self._chosen(self.ui.fuseWaveComboBox) or None) if method.takes_wave else None,
+            (self._choices.chosen(self.ui.fuseWaveComboBox) or None) if method.takes_wave else None,
             (parameters.fuseLevels or None) if method.takes_levels else None,
             parameters.fuseRegister,
             check,
@@ -104,9 +97,9 @@ class FuseSection:
         """From the parameter node to the widgets it does not connect by itself."""
         parameters = self.panel.parameters
         self._updating = True
-        self._choose(self.ui.fuseMethodComboBox, parameters.fuseMethod or self._usual)
-        self._choose(self.ui.fuseWaveComboBox, parameters.fuseWave)
-        self._choose(self.ui.fuseShowComboBox, parameters.fuseShow)
+        self._choices.choose(self.ui.fuseMethodComboBox, parameters.fuseMethod or self._usual)
+        self._choices.choose(self.ui.fuseWaveComboBox, parameters.fuseWave)
+        self._choices.choose(self.ui.fuseShowComboBox, parameters.fuseShow)
         self._updating = False
         pair = (parameters.fuseCT, parameters.fuseMR)
         if pair != self._pair:
@@ -130,8 +123,8 @@ class FuseSection:
         blended = parameters is not None and parameters.fuseShow != fusion.ALONE
         for widget in (ui.fuseOpacityLabel, ui.fuseOpacitySlider):
             widget.setEnabled(blended)
-        if not self.busy and not self._has_message:
-            self._say(reason or self._caution(parameters.fuseCT, parameters.fuseMR))
+        if parameters is not None:
+            self._say_idle(reason or self._caution(parameters.fuseCT, parameters.fuseMR))
 
     def _caution(self, ct, mr) -> str:
         """Asked for often, and DICOM headers are slow to read: kept until something it depends on changes."""
@@ -140,28 +133,16 @@ class FuseSection:
             self._cautioned = key, fusion.caution(ct, mr)
         return self._cautioned[1]
 
-    def _fill(self, combo, choices: Sequence[tuple[str, str]]) -> None:
-        combo.addItems([title for title, _value in choices])
-        self._values[combo.objectName] = [value for _title, value in choices]
-
-    def _chosen(self, combo) -> str:
-        return self._values[combo.objectName][max(combo.currentIndex, 0)]
-
-    def _choose(self, combo, value: str) -> None:
-        values = self._values[combo.objectName]
-        if value in values and combo.currentIndex != values.index(value):
-            combo.setCurrentIndex(values.index(value))
-
     def _edited(self, *ignored: Any) -> None:
         parameters = self.panel.parameters
         if self._updating or parameters is None:
             return
         self._forget_message()
-        method = self._chosen(self.ui.fuseMethodComboBox)
+        method = self._choices.chosen(self.ui.fuseMethodComboBox)
         # until another one is chosen, the best that is here
         if parameters.fuseMethod or method != self._usual:
             parameters.fuseMethod = method
-        parameters.fuseWave = self._chosen(self.ui.fuseWaveComboBox)
+        parameters.fuseWave = self._choices.chosen(self.ui.fuseWaveComboBox)
 
     # Work
 
@@ -172,64 +153,34 @@ class FuseSection:
         parameters = self.panel.parameters
         ct, mr, output = parameters.fuseCT, parameters.fuseMR, parameters.fuseOutput
         self._offer(False, False)
-        self._task = self.panel.start(
-            fusion.fuse_work(self.panel.session, ct, mr, output, self.options(check)),
-            nodes=(ct, mr, output),
-            on_done=self._fused,
-            on_trouble=self._failed,
-            say_progress=self._progress,
-        )
-        self.ui.fuseProgressBar.setMaximum(0)
-        self.ui.fuseProgressBar.setVisible(True)
-        self._has_message = True
-        self._say(_("Handing the volumes over …"))
-        self.update()
-
-    def cancel(self) -> None:
-        if self.busy:
-            self._say(_("Stopping …"))
-            self.panel.session.runner.cancel(self._task)
+        work = fusion.fuse_work(self.panel.session, ct, mr, output, self.options(check))
+        self._run(work, (ct, mr, output), self._fused, _("Handing the volumes over …"))
 
     def abandon(self, sentence: str) -> None:
         """End a run at once, because its scene is gone."""
-        if self.busy:
-            self.panel.session.runner.abandon(self._task, sentence)
+        RunSection.abandon(self, sentence)
         self._pair, self._cautioned = (None, None), None
 
     def _register_and_fuse(self) -> None:
         self.panel.parameters.fuseRegister = True
         self.apply()
 
-    def _progress(self, progress: Progress) -> None:
-        self.ui.fuseProgressBar.setMaximum(max(progress.total, 1) if progress.total > 1 else 0)
-        self.ui.fuseProgressBar.setValue(progress.done)
-        self._say(progress.sentence)
-
     def _fused(self, report: FusionReport) -> None:
-        self._end()
         # the user may have gone to another module, or another pair, meanwhile
         parameters = self.panel.parameters or self.panel.logic.getParameterNode()
         if (parameters.fuseCT, parameters.fuseMR) == (report.ct_node, report.mr_node):
             parameters.fuseOutput = report.output_node
         fusion.show(report.ct_node, report.mr_node, report.output_node, parameters.fuseShow, parameters.fuseOpacity)
-        notes = [_("Note: {warning}").format(warning=warning) for warning in report.warnings]
-        self._say("\n".join([*report.sentences, *notes]))
+        self._say(noted(report.sentences, report.warnings))
         self.panel.result_changed()
 
     def _failed(self, trouble: Trouble) -> None:
+        RunSection._failed(self, trouble)
         parameters, refused = self.panel.parameters, trouble.code == fusion.NOT_REGISTERED
-        self._end()
-        self._say(trouble.message, trouble.code != "cancelled")
         if refused and parameters is not None and parameters.fuseCT and parameters.fuseMR:
             meet = geometry.boxes_meet(parameters.fuseMR, parameters.fuseCT)
             can_register = not parameters.fuseRegister and not volume_input.is_picture(parameters.fuseCT)
             self._offer(can_register, meet)
-        self.panel.result_changed()
-
-    def _end(self) -> None:
-        self._task = None
-        self._has_message = True
-        self.ui.fuseProgressBar.setVisible(False)
 
     def _offer(self, register: bool, anyway: bool) -> None:
         """Show what can be done about a pair that was refused."""
@@ -237,8 +188,8 @@ class FuseSection:
         self.ui.fuseAnywayButton.setVisible(anyway)
 
     def _forget_message(self) -> None:
+        RunSection._forget_message(self)
         if not self.busy:
-            self._has_message = False
             self._offer(False, False)
 
     # Views
@@ -248,7 +199,7 @@ class FuseSection:
         parameters = self.panel.parameters
         if self._updating or parameters is None:
             return
-        parameters.fuseShow = self._chosen(self.ui.fuseShowComboBox)
+        parameters.fuseShow = self._choices.chosen(self.ui.fuseShowComboBox)
         node = parameters.fuseOutput
         if node is not None and fusion.is_fused(node):
             fusion.show(*fusion.sources(node), node, parameters.fuseShow, parameters.fuseOpacity)
@@ -261,6 +212,3 @@ class FuseSection:
         for composite in slicer.util.getNodesByClass("vtkMRMLSliceCompositeNode"):
             if composite.GetForegroundVolumeID() == node.GetID():
                 composite.SetForegroundOpacity(opacity)
-
-    def _say(self, sentence: str, is_trouble: bool = False) -> None:
-        self.panel.say(sentence, is_trouble, self.ui.fuseStatusLabel)

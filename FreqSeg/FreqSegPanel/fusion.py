@@ -17,7 +17,6 @@ from .look_inside import LOOK_OF_ATTRIBUTE, Look
 from .session import Session
 from .tasks import Ask, Work
 from .trouble import Trouble
-from .volume_input import Fingerprint
 
 CT_ROLE, MR_ROLE, RECORD_ATTRIBUTE = "FreqSeg.CT", "FreqSeg.MR", "FreqSeg.Fusion"
 WHITE = 255.0
@@ -149,8 +148,8 @@ def fuse_work(session: Session, ct_node, mr_node, output_node, options: FusionOp
         raise Trouble("input", sentence)
     client = session.client
     place = geometry.ijk_to_ras_of(mr_node, ct_node)
-    ct, ct_before = yield from _described(client, ct_node)
-    mr, mr_before = yield from _described(client, mr_node)
+    ct, ct_before = yield from volume_input.described_as_it_is(client, ct_node)
+    mr, mr_before = yield from volume_input.described_as_it_is(client, mr_node)
     if mr["spatial_dimension"] == 3:
         # the MR in the CT's own space: what transforms do to either is what the user sees
         mr["affine"] = [[float(value) for value in row] for row in geometry.RAS_TO_LPS @ place]
@@ -221,17 +220,6 @@ def sources(fused_node) -> tuple[Any, Any]:
 def is_fused(node) -> bool:
     """Whether a volume was made here."""
     return node.GetAttribute(RECORD_ATTRIBUTE) is not None
-
-
-def _described(client, node) -> Work:
-    """Task part: a volume as the worker wants it, and what it was by then."""
-    before = Fingerprint.of(node)
-    described = yield from volume_input.described(client, node)
-    if not volume_input.require_unchanged_grid(node, before):
-        # the copy may hold voxels of before and after
-        before = Fingerprint.of(node)
-        described = yield from volume_input.described(client, node)
-    return described, before
 
 
 def _new_output(ct_node, mr_node):

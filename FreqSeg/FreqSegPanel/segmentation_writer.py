@@ -72,6 +72,18 @@ def reference_volume(segmentation_node):
     return segmentation_node.GetNodeReference(segmentation_node.GetReferenceImageGeometryReferenceRole())
 
 
+def results_of(volume_node, segmentation_node):
+    """The segmentation to go on with once a volume was chosen: the same, or its own latest; None for a new one."""
+    if segmentation_node is None or reference_volume(segmentation_node) in (None, volume_node):
+        return segmentation_node
+    mine = [
+        node
+        for node in slicer.util.getNodesByClass("vtkMRMLSegmentationNode")
+        if node.GetSaveWithScene() and reference_volume(node) is volume_node
+    ]
+    return mine[-1] if mine else None
+
+
 def reference_matrix(segmentation_node) -> np.ndarray | None:
     """(4, 4) from indices of a segmentation's reference grid to its own space; None where it has none."""
     parameter = slicer.vtkSegmentationConverter.GetReferenceImageGeometryParameterName()

@@ -179,12 +179,7 @@ class Session:
         known = self.held(volume_node, options, roi)
         if known is not None:
             return known
-        fingerprint = Fingerprint.of(volume_node)
-        volume = yield from volume_input.described(self.client, volume_node)
-        if not volume_input.require_unchanged_grid(volume_node, fingerprint):
-            # the copy may hold voxels of before and after
-            fingerprint = Fingerprint.of(volume_node)
-            volume = yield from volume_input.described(self.client, volume_node)
+        volume, fingerprint = yield from volume_input.described_as_it_is(self.client, volume_node)
         values = {"volume": volume, "preset": options.preset, "device": options.device, **options.weights}
         if options.settings:
             values["settings"] = dict(options.settings)

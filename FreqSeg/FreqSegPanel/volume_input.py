@@ -28,6 +28,17 @@ _CONTRASTS = (
     ("ultrasound", r"ultrasound|sonogra|busi"),
     ("x-ray", r"x.?ray|radiograph|\bcxr\b"),
 )
+_MODALITIES = {
+    "flair": ("MR",),
+    "t1 with contrast agent": ("MR",),
+    "t2": ("MR",),
+    "t1": ("MR",),
+    "diffusion": ("MR",),
+    "ct": ("CT",),
+    "ultrasound": ("US",),
+    "x-ray": ("CR", "DX", "RG", "RF"),
+}
+"""DICOM's names of the machines that make these."""
 _FITTING = {"flair": ("flair",), "t1": ("t1",), "ultrasound": ("ultrasound",), "xray": ("x-ray",)}
 
 
@@ -117,6 +128,17 @@ def described(client: Client, volume_node, along: int | None = None, index: int 
     }
 
 
+def described_as_it_is(client: Client, volume_node) -> Work:
+    """Task part: :func:`described`, and the fingerprint of what was copied, even if it was changed meanwhile."""
+    before = Fingerprint.of(volume_node)
+    volume = yield from described(client, volume_node)
+    if not require_unchanged_grid(volume_node, before):
+        # the copy may hold voxels of before and after
+        before = Fingerprint.of(volume_node)
+        volume = yield from described(client, volume_node)
+    return volume, before
+
+
 def is_picture(volume_node) -> bool:
     """Whether a volume is a 2D picture without a place in the patient, such as a PNG file."""
     matrix = geometry.ijk_to_lps(volume_node)[:3, :3]
@@ -134,9 +156,29 @@ def dicom_value(volume_node, tag: str) -> str | None:
 
 def contrast_of(volume_node) -> str | None:
     """The kind of picture a volume's name or series description speaks of, such as "flair"; None if neither does."""
-    text = " ".join(filter(None, (volume_node.GetName(), dicom_value(volume_node, "0008,103e")))).lower()
-    text = text.replace("_", " ")
+    return contrast_in(" ".join(filter(None, (volume_node.GetName(), dicom_value(volume_node, "0008,103e")))))
+
+
+def contrast_in(text: str) -> str | None:
+    """The kind of picture a text speaks of, such as "flair"; None if of none."""
+    text = text.lower().replace("_", " ")
     return next((name for name, pattern in _CONTRASTS if re.search(pattern, text)), None)
+
+
+def contrast_name(contrast: str) -> str:
+    """A kind of picture as people write it."""
+    return contrast.upper() if contrast in ("t1", "t2", "ct", "flair") else contrast.replace("t1", "T1")
+
+
+def other_contrast(volume_node, wanted: str | None) -> str:
+    """What kind of picture a volume seems to be where that is not the wanted one, else ""."""
+    if wanted is None:
+        return ""
+    modality = (dicom_value(volume_node, "0008,0060") or "").upper()
+    if modality and modality not in _MODALITIES[wanted]:
+        return modality
+    found = contrast_of(volume_node)
+    return contrast_name(found) if found not in (None, wanted) else ""
 
 
 def contrast_warning(volume_node, target_modality: str, modality_name: str, target: str) -> str:
@@ -146,8 +188,9 @@ def contrast_warning(volume_node, target_modality: str, modality_name: str, targ
     if found is None or fitting is None or found in fitting:
         return ""
     sentence = _("'{volume}' seems to be {found}; '{target}' was learned on {modality}. Expect a poor result.")
-    shown = found.upper() if found in ("t1", "t2", "ct", "flair") else found.replace("t1", "T1")
-    return sentence.format(volume=volume_node.GetName(), found=shown, target=target, modality=modality_name)
+    return sentence.format(
+        volume=volume_node.GetName(), found=contrast_name(found), target=target, modality=modality_name
+    )
 
 
 def require_unchanged_grid(volume_node, before: Fingerprint) -> bool:

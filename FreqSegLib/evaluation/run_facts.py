@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "monai", "numpy", "scipy", "SimpleITK")
 FEW = 30
 _SHOWN = (
-    *("bottleneck", "contrast", "threshold", "threshold_value", "confidence_threshold", "num_contours", "refine"),
-    *("prompt_kind", "box_margin"),
+    *(
+        "bottleneck",
+        "contrast",
+        "threshold",
+        "threshold_value",
+        "confidence_threshold",
+        "num_contours",
+        "smallest_part",
+    ),
+    *("refine", "prompt_kind", "box_margin"),
 )
 
 

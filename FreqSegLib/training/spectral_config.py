@@ -119,6 +119,7 @@ class DataConfig:
         classes: names, in the order of the labels from 1.
         colors: red, green, blue in [0, 1] for each class; a palette where left out.
         binary: any label above 0 means 1.
+        test_images, test_labels: folders that nothing is trained or chosen on, to measure on at the end; may be empty.
     """
 
     images: str
@@ -128,6 +129,8 @@ class DataConfig:
     label_ending: str = ".nii.gz"
     colors: tuple[tuple[float, ...], ...] = ()
     binary: bool = False
+    test_images: str = ""
+    test_labels: str = ""
 
     def __post_init__(self) -> None:
         if not self.classes:

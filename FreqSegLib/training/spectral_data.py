@@ -58,20 +58,21 @@ class Batch:
     names: tuple[str, ...]
 
 
-def find_pairs(config: DataConfig, folder: Path) -> list[Pair]:
+def find_pairs(config: DataConfig, folder: Path, *, test: bool = False) -> list[Pair]:
     """Files of both folders that belong together, by name.
 
     Args:
         config: the two folders and the endings.
         folder: what relative folders are relative to.
+        test: of the test folders instead.
 
     Raises:
         InputError: a folder is missing or empty, or a file has no counterpart (the first is named).
     """
     found: list[dict[str, Path]] = []
     for kind, place, ending in (
-        ("images", config.images, config.image_ending),
-        ("labels", config.labels, config.label_ending),
+        ("images", config.test_images if test else config.images, config.image_ending),
+        ("labels", config.test_labels if test else config.labels, config.label_ending),
     ):
         inside = folder / place
         if not inside.is_dir():
@@ -115,7 +116,7 @@ def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
     volume, label = Volume.read(pair.image), Volume.read(pair.label)
     if volume.shape != label.shape:
         raise InputError(f"{pair.image} has {volume.shape} voxels, its labels {label.shape}; they must be on one grid")
-    array = _labels(label, data, pair.label)
+    array = read_labels(label, data, pair.label)
     if config.form == "volume":
         whole = VolumeInput.of(volume, config)
         return [Item(pair.name, pair.name, whole.image()[0, 0], whole.labels(array)[0])]
@@ -128,7 +129,12 @@ def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
     ]
 
 
-def _labels(label: Volume, data: DataConfig, path: Path) -> NDArray[np.uint8]:
+def read_labels(label: Volume, data: DataConfig, path: Path) -> NDArray[np.uint8]:
+    """Labels (k, j, i) from 0 to the number of classes.
+
+    Raises:
+        InputError: one lies outside; ``path`` is named.
+    """
     if data.binary:
         return (label.array > 0).astype(np.uint8)
     values = np.unique(label.array)

@@ -33,7 +33,7 @@ def _card(r: dict[str, Any]) -> str:
         for name, g in r["gates"].items()
     )
     tuning = "\n".join(
-        f"| {name} | {t['cases']} | {t['settings']['threshold_value']} | {t['settings']['num_contours'] or 'all'} "
+        f"| {name} | {t['cases']} | {t['settings']['threshold_value']} | {t['settings']['num_contours'] or 'all'} | {t['settings']['smallest_part']:.0%} "
         f"| {t['coarse_dsc']:.3f} | {t['refined_dsc']:.3f} "
         f"| {'redrawn, ' + t['settings']['prompt_kind'] if t['settings']['refine'] else 'as the model draws it'} |"
         for name, t in r["tuning"].items()
@@ -89,8 +89,8 @@ Through the whole pipeline: mean DSC a patient (or image) that shows the target,
 LiteMedSAM's decoder makes of it. At most {recipe["tune_cases"]} patients a modality, stacks thinned out to {recipe["tune_slices"]} slices. Chosen on
 these patients, so expect less elsewhere.
 
-| target | patients | threshold | parts a slice | DSC | redrawn | shipped |
-| --- | --- | --- | --- | --- | --- | --- |
+| target | patients | threshold | parts a slice | smallest part kept, of the largest | DSC | redrawn | shipped |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {tuning}
 """
 

@@ -73,7 +73,7 @@ class TextGuidedRecipe:
     training: TextGuidedConfig = field(default_factory=TextGuidedConfig)
     model: DualStreamConfig = field(default_factory=DualStreamConfig)
     tune_cases: int = 14
-    tune_slices: int = 14
+    tune_slices: int = 24
 
 
 def train_text_guided(

@@ -13,7 +13,7 @@ from FreqSegLib.clip.prompts import MatchedPrompt
 from FreqSegLib.clip.vocabulary import Meaning, targets
 from FreqSegLib.evaluation.cases import Case
 from FreqSegLib.evaluation.segmentation_metrics import dice
-from FreqSegLib.presets import Tuning
+from FreqSegLib.presets import SMALLEST_PART, Tuning
 from FreqSegLib.saliency.gate import Presence
 from FreqSegLib.settings import TextSegmentationSettings
 from FreqSegLib.text_segmentation import TextSegmenter
@@ -25,7 +25,9 @@ Settings = dict[str, Any]
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 CONTOURS = (0, 1, 2)
-PROMPT_KINDS = ("boxes", "box", "boxes+points")
+PARTS = (SMALLEST_PART, 0.3, 1.0)
+# one box around all parts of a slice would have the decoder fill what lies between them
+PROMPT_KINDS = ("boxes", "boxes+points")
 # on few patients a plainer rule is preferred to one that is barely better
 RULE_COSTS, DECODER_COSTS = 0.002, 0.005
 
@@ -115,7 +117,7 @@ def choose_settings(
             continue
         scored = []
         for settings in _rules():
-            costs = RULE_COSTS * (settings["num_contours"] != 0)
+            costs = RULE_COSTS * ((settings["num_contours"] != 0) + (settings["smallest_part"] != SMALLEST_PART))
             scored.append((float(np.mean([one.coarse(settings) for one in seen])), costs, settings))
         coarse_dsc, _, rule = max(scored, key=lambda entry: entry[0] - entry[1])
         refined = [
@@ -181,9 +183,16 @@ def _drawn(segmenter: TextSegmenter, meaning: Meaning, cases: Sequence[Case]) ->
 
 def _rules() -> list[Settings]:
     return [
-        {"threshold": "fixed", "threshold_value": value, "confidence_threshold": 0.0, "num_contours": contours}
+        {
+            "threshold": "fixed",
+            "threshold_value": value,
+            "confidence_threshold": 0.0,
+            "num_contours": contours,
+            "smallest_part": part,
+        }
         for value in THRESHOLDS
         for contours in CONTOURS
+        for part in PARTS
     ]
 
 

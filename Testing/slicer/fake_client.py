@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+_STAGES = {"set_volume": "Reading slices", "fuse": "Fusing", "spectral_segment": "Segmenting slices"}
+
 
 @dataclass(frozen=True)
 class FakeEvent:
@@ -59,6 +61,7 @@ class FakeClient:
         self.models: list[dict[str, Any]] = []
         self.transform: list[list[float]] | None = None
         self.fusion_warnings: list[str] = []
+        self.warnings: list[str] = []
         self._volumes: dict[str, tuple[np.ndarray, dict[str, Any]]] = {}
         self._pending: dict[str, list[Any]] = {}
         self._events: deque[FakeEvent] = deque()
@@ -83,7 +86,7 @@ class FakeClient:
             pending = self._pending[number]
             pending[2] -= 1
             if pending[2] > 0:
-                stage = {"set_volume": "Reading slices", "fuse": "Fusing"}.get(pending[0], "Looking")
+                stage = _STAGES.get(pending[0], "Looking")
                 self._events.append(FakeEvent(number, "progress", stage, 1, 4, 12.0))
                 continue
             del self._pending[number]
@@ -219,6 +222,27 @@ class FakeClient:
             "warnings": list(self.fusion_warnings),
             "ran": ["Fusing"],
         }
+
+    def _spectral_segment(
+        self, number: str, volume: Any, model: str, device: str = "auto", uncertainty: str | None = None
+    ) -> dict[str, Any]:
+        """The first class is what is brighter than ``level``, each further one 100 brighter; the rest is background."""
+        array = np.array(self.read(volume["array"])).astype(np.float32)
+        classes = json.loads((Path(model) / "model.json").read_text(encoding="utf-8"))["classes"]
+        labels = np.clip(np.floor((array - self.level) / 100) + 1, 0, len(classes))
+        segments = [
+            {
+                "name": one["name"],
+                "mask": self._write(number, f"mask-{label}", (labels == label).astype(np.uint8)),
+                "color": one["color"],
+            }
+            for label, one in enumerate(classes, start=1)
+        ]
+        doubt = {
+            kind: self._write(number, kind, (labels > 0).astype(np.float32) * 0.3)
+            for kind in (("mean", "entropy", "mutual_information") if uncertainty else ())
+        }
+        return {"segments": segments, "uncertainty": doubt or None, "warnings": list(self.warnings), "ran": []}
 
     def _models(self, number: str, action: str, id: str | None = None) -> dict[str, Any]:
         if action == "list":

@@ -34,10 +34,11 @@ def blocks(tutorial: str, language: str) -> list[str]:
 def test_every_command_line_is_understood(tutorial: str) -> None:
     import typer
 
-    from FreqSegLib import cli_fuse, cli_info, cli_models, cli_segment
+    from FreqSegLib import cli_export, cli_fuse, cli_info, cli_models, cli_segment, cli_spectral, cli_train_spectral
     from FreqSegLib.cli_app import app
 
-    assert cli_fuse.app is cli_info.app is cli_models.app is cli_segment.app is app
+    of_the_app = (cli_export, cli_fuse, cli_info, cli_models, cli_segment, cli_spectral, cli_train_spectral)
+    assert all(module.app is app for module in of_the_app)
     group = typer.main.get_command(app)
     lines = [
         shlex.split(line.strip())
@@ -73,11 +74,12 @@ def test_the_script_for_slicer_uses_the_logic_as_it_is(tutorial: str, project_ro
         }
         for script in blocks(tutorial, "python")
     ]
-    assert [set(calls) for calls in called] == [{"segment", "close"}, {"fuse", "close"}]
+    assert [set(calls) for calls in called] == [{name, "close"} for name in ("segment", "segmentWithModel", "fuse")]
     assert {name for calls in called for name in calls} <= set(methods)
     assert len(called[0]["segment"].args) == len(methods["segment"].args) - 1
-    assert len(called[1]["fuse"].args) == 2
-    assert {word.arg for word in called[1]["fuse"].keywords} <= {word.arg for word in methods["fuse"].kwonlyargs}
+    for calls, name in ((called[1], "segmentWithModel"), (called[2], "fuse")):
+        assert len(calls[name].args) == 2
+        assert {word.arg for word in calls[name].keywords} <= {word.arg for word in methods[name].kwonlyargs}
     named = {argument.arg for argument in methods["segment"].kwonlyargs}
     spoken_of = set(re.findall(r"`(\w+)=[^`]*`", tutorial))
     assert spoken_of
@@ -104,9 +106,8 @@ def test_labels_are_those_of_the_panel(tutorial: str, project_root: Path) -> Non
 def test_sections_are_those_of_the_panel(tutorial: str, project_root: Path) -> None:
     ui = ElementTree.parse(project_root / "FreqSeg" / "Resources" / "UI" / "FreqSeg.ui")
     shown = {string.text for string in ui.iter("string")}
-    assert {"Segment", "Refine with clicks", "Fuse", "Look inside", "Models"} <= shown & set(
-        re.findall(r"\*\*([^*]+)\*\*", tutorial)
-    )
+    sections = {"Segment", "Refine with clicks", "Segment with a trained model", "Fuse", "Look inside", "Models"}
+    assert sections <= shown & set(re.findall(r"\*\*([^*]+)\*\*", tutorial))
 
 
 def test_pictures_and_pages_it_links_to_are_there(tutorial: str, project_root: Path) -> None:

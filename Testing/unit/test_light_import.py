@@ -21,7 +21,7 @@ PIPELINES = (
     *("loading", "text_results", "text_stages", "text_trained", "text_segmentation"),
     *("text_refinement", "spectral_segmentation", "volume_fusion"),
 )
-ABOVE = ("training", "evaluation", "sheet")
+ABOVE = ("training", "evaluation", "sheet", "export")
 TOP = ("cli", "worker", "__main__")
 
 
@@ -46,7 +46,7 @@ def test_light_modules_load_nothing_heavy(project_root: Path) -> None:
         "FreqSegLib",
         *(f"FreqSegLib.{name}" for name in ("errors", "settings", "presets", "weights", "loading")),
         # what the panel imports inside Slicer, where torch may not be installed yet
-        *(f"FreqSegLib.{name}" for name in ("protocol", "worker_client", "slicer_packages", "mamba.model_config")),
+        *(f"FreqSegLib.{name}" for name in ("protocol", "worker_client", "slicer_packages", "mamba.model_folders")),
     ]
     code = "import importlib, sys\n" + "".join(
         f"importlib.import_module({name!r}); print({name!r}, [m for m in {HEAVY!r} if m in sys.modules])\n"

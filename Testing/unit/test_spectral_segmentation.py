@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from FreqSegLib.mamba.model_config import (
     SpectralModel,
     class_configs,
 )
+from FreqSegLib.mamba.model_folders import find_model, installed_models, model_folders
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.progress import Progress
-from FreqSegLib.spectral_segmentation import SpectralSegmenter, find_model, installed_models
+from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.volume import Volume
 
 OBLIQUE = np.array([[0.0, -1.5, 0.0, 3.0], [0.8, 0.0, 0.0, -5.0], [0.0, 0.0, -2.0, 9.0], [0.0, 0.0, 0.0, 1.0]])
@@ -241,6 +243,58 @@ def test_a_folder_is_loaded_and_found_by_name(folder: Path, monkeypatch: pytest.
     assert "made-up" in installed_models()
     with pytest.raises(WeightsError, match=r"no spectral model 'made-down'.*made-up"):
         find_model("made-down")
+
+
+def test_models_are_listed_with_what_they_are_and_why_they_cannot_be_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREQSEG_WEIGHTS", str(folder.parent))
+    own = tmp_path / "own"
+    for name in ("torn", "weightless"):
+        shutil.copytree(folder, own / name)
+    (own / "torn" / MODEL_FILE).write_text("{", encoding="utf-8")
+    (own / "weightless" / WEIGHTS_FILE).unlink()
+    found = {one.reference: one for one in model_folders([own, folder])}
+    assert found["made-up"].model == described()
+    assert not found["made-up"].fault
+    # the folder is known by its name already
+    assert str(folder) not in found
+    assert "is damaged" in found[str(own / "torn")].fault
+    assert found[str(own / "torn")].name == "torn"
+    assert f"has no {WEIGHTS_FILE}" in found[str(own / "weightless")].fault
+    assert [one.reference for one in model_folders([own / "torn"])][-1] == str(own / "torn")
+    assert not {str(own / "torn"), str(own / "weightless")} & set(installed_models())
+
+
+def test_a_trained_model_is_known_by_its_name_and_its_files_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a configuration to a labelled picture, as ``make train-spectral`` ships a model of the catalogue."""
+    from test_spectral_training import configuration, write_images
+
+    models, out = tmp_path / "models", tmp_path / "labels.seg.nrrd"
+    write_images(tmp_path)
+    config = configuration(
+        tmp_path, name="spectral-lungs", training={"epochs": 1, "batch_size": 4, "validation_share": 0.25}
+    )
+    monkeypatch.setenv("FREQSEG_WEIGHTS", str(models))
+    asked = ("train-spectral", str(config), "--models", str(models), "--work", str(tmp_path / "work"))
+    assert run(*asked, "--device", "cpu") == 0
+    capsys.readouterr()
+    assert run("models", "list") == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if "spectral-lungs" in line)
+    assert "installed" in row
+    assert run("models", "verify", "spectral-lungs") == 0
+    picture = tmp_path / "images" / "x0.png"
+    assert run("spectral", str(picture), "--model", "spectral-lungs", "-o", str(out), "--device", "cpu") == 0
+    assert out.is_file()
+    weights_file = models / "spectral-lungs" / WEIGHTS_FILE
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    capsys.readouterr()
+    assert run("spectral", str(picture), "--model", "spectral-lungs", "-o", str(out), "--overwrite") == 1
+    assert "spectral-lungs' are damaged" in capsys.readouterr().err
 
 
 def test_damaged_folders_are_named(folder: Path) -> None:

@@ -455,9 +455,9 @@ def test_the_catalogue_is_complete_and_consistent(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     known = weights.catalogue()
     trained_here = "lite-aligner lite-text-guided fusion-single-scale fusion-multi-scale"
-    assert (
-        list(known) == f"litemedsam minilm {trained_here} biomedclip sam-vit-b sam-vit-l sam-vit-h medsam-vit-b".split()
-    )
+    spectral = "spectral-hippocampus spectral-lungs spectral-glioma"
+    fetched = "biomedclip sam-vit-b sam-vit-l sam-vit-h medsam-vit-b"
+    assert list(known) == f"litemedsam minilm {trained_here} {spectral} {fetched}".split()
     for entry in known.values():
         assert entry.title
         assert entry.licence

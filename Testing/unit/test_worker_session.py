@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -408,6 +409,9 @@ def test_a_spectral_model_labels_a_volume_as_the_pipeline_does_it(ask: Asked, tm
     plain = ask("spectral_segment", volume=ask.volume(volume), model=str(folder))
     assert plain["uncertainty"] is None
     assert "Loading models" not in plain["ran"]
+    # trained again while the worker runs
+    os.utime(folder / WEIGHTS_FILE, (0, 0))
+    assert "Loading models" in ask("spectral_segment", volume=ask.volume(volume), model=str(folder))["ran"]
 
 
 def test_weights_that_were_fetched_meanwhile_are_used(ask: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
