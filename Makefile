@@ -13,6 +13,8 @@ help:
 	@echo "make bench       speed and memory, as ratios of one run"
 	@echo "make evaluate    accuracy on the real test sets (../shared/data or FREQSEG_DATA)"
 	@echo "make train-lite  train the lite preset's aligner again"
+	@echo "make train-text-guided  train the text-guided model again"
+	@echo "make train-spectral  train the spectral models"
 	@echo "make train-fusion  train the CT/MR fusion networks again"
 	@echo "make screenshots the panel's pictures in Resources/Screenshots"
 	@echo "make pictures    make the README's pictures again (after make demo and make evaluate)"
@@ -43,7 +45,8 @@ bench: setup
 	$(BIN)/python -m Testing.benchmarks
 
 evaluate: setup
-	$(BIN)/freqseg evaluate --markdown build/evaluation.md --csv build/evaluation.csv --overwrite
+	$(BIN)/freqseg evaluate --wordings canonical --wordings held-out --markdown build/evaluation.md --csv build/evaluation.csv \
+		--html build/evaluation.html --overwrite
 
 pictures: setup
 	$(BIN)/python scripts/make_pictures.py

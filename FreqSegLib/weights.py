@@ -596,7 +596,10 @@ def _way_out(entry: WeightSet) -> str:
             f"{user_folder() / entry.id}."
         )
     command = _TRAINED_BY.get(entry.id, entry.id)
-    return f"They are shipped with FreqSeg: reinstall it, or run 'make {command}' in a checkout."
+    return (
+        "There is no download: where they come with this version of FreqSeg, reinstalling it brings them; else run "
+        f"'make {command}' in a checkout."
+    )
 
 
 def _origin(source: Source) -> str:
