@@ -21,6 +21,8 @@ from FreqSegLib.errors import SettingsError
 DEFAULT_GIGABYTES = 4.0
 # Only folders with this ending are ever counted or removed, wherever the user put the cache
 FOLDER_ENDING = ".embeddings"
+FEATURES = "dual-"
+"""Names of what the trained model knows of a slice begin so; all others are the image tower's own."""
 ABANDONED_SECONDS = 3600.0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from FreqSegLib.clip.prompts import MatchedPrompt
 from FreqSegLib.device import Batches, default_batch_size
+from FreqSegLib.embedding_cache import FEATURES
 from FreqSegLib.errors import SettingsError, WeightsError
 from FreqSegLib.interaction.dual_stream import DualStreamModel, ImageFeatures, read_metadata
 from FreqSegLib.presets import Preset, Tuning, read_tuning
@@ -163,7 +164,7 @@ class TrainedRun(PromptRun):
         """What the model knows of some slices before any prompt; of the plain view it is kept for the next prompt."""
         if view != View():
             return self._encoded(positions, view)
-        names = [f"dual-{self._trained.key}-{index}" for index in positions]
+        names = [f"{FEATURES}{self._trained.key}-{index}" for index in positions]
         stored = [self.owner.cache.get(self.prepared.key, name) for name in names]
         known = [item for item in stored if item is not None]
         if len(known) < len(stored):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from FreqSegLib.embedding_cache import EmbeddingCache
+from FreqSegLib.embedding_cache import FEATURES, EmbeddingCache
 from FreqSegLib.errors import InputError
 from FreqSegLib.progress import Progress, Stage
 from FreqSegLib.protocol import (
@@ -500,7 +500,7 @@ class Session:
 
 
 class SliceCache(EmbeddingCache):
-    """Knows single slices of a volume by a key of their own, and counts what is put into it.
+    """Knows single slices of a volume by a key of their own, and counts those that the image tower sees.
 
     Slice 7 of the volume ``abc``, looked at alone as slice 0 of ``abc:7``, shares the volume's embeddings.
     """
@@ -515,9 +515,9 @@ class SliceCache(EmbeddingCache):
         key, name = _shared(key, name)
         index = name.rpartition("-")[2]
         # a slice's embedding and its tokens come one after the other, and count once
-        if self._last != (key, index):
-            self.encoded += 1
-        self._last = (key, index)
+        if not name.startswith(FEATURES):
+            self.encoded += self._last != (key, index)
+            self._last = (key, index)
         super().put(key, name, array)
 
     def has(self, key: str, name: str) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from FreqSegLib.clip.vocabulary import targets
-from FreqSegLib.embedding_cache import EmbeddingCache
+from FreqSegLib.embedding_cache import FEATURES, EmbeddingCache
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.evaluation.ablation_report import Listed, Part
 from FreqSegLib.evaluation.ablation_scores import CaseScore, read_scores, write_scores
@@ -46,7 +46,6 @@ PartName = Literal["trained", "zero-shot", "both"]
 TRAINED, ZERO_SHOT = "trained", "zero-shot"
 FULL = "adaptive"
 VALIDATIONS = 4
-FEATURES = "dual-"
 
 _PLAIN: dict[str, Any] = {"interaction": "none", "language_gate": False, "fusion": "mean"}
 

@@ -187,10 +187,10 @@ class TestSaliencyInteraction:
         with pytest.raises(InputError, match="6 tokens do not fill a grid of 2 x 2"):
             module(tokens, tokens, half, half)
 
-    @pytest.mark.parametrize("interaction", [None, EfficientFFBI(16, 24)], ids=["FFBI", "EfficientFFBI"])
-    def test_gates_learn_first_then_the_interaction(self, interaction: EfficientFFBI | None) -> None:
+    @pytest.mark.parametrize("efficient", [False, True], ids=["FFBI", "EfficientFFBI"])
+    def test_gates_learn_first_then_the_interaction(self, efficient: bool) -> None:
         torch.manual_seed(0)
-        module = SaliencyInteraction(16, 24, interaction=interaction)
+        module = SaliencyInteraction(16, 24, interaction=EfficientFFBI(16, 24) if efficient else None)
         target = saliency(2, 1, 12, 10, seed=5)
 
         def gradients() -> dict[str, float]:

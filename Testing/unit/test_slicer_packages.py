@@ -25,7 +25,7 @@ from FreqSegLib.slicer_packages import InstallPlan, Requirement, install_plan, m
 PACKAGE = Path(FreqSegLib.__file__).parent
 BROUGHT_BY_SLICER = {"numpy", "scipy", "SimpleITK", "pillow", "requests"}
 # What the worker never runs: the command line, training, evaluation and pictures.
-NOT_IN_SLICER = ("cli", "__main__", "training", "evaluation", "sheet")
+NOT_IN_SLICER = ("cli", "__main__", "training", "evaluation", "sheet", "band_figure", "export")
 # Used where a user installed them and asks for them, such as with backend="mamba_ssm".
 ON_REQUEST = {"mamba_ssm"}
 FRESH_SLICER = {
