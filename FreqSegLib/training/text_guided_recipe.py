@@ -68,7 +68,7 @@ class TextGuidedRecipe:
     models: str = "Resources/Models"
     seed: int = 0
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=3600, warmup=100, validate_every=150, patience=12)
+        default_factory=lambda: LoopConfig(steps=1800, warmup=100, validate_every=200, patience=12)
     )
     training: TextGuidedConfig = field(default_factory=TextGuidedConfig)
     model: DualStreamConfig = field(default_factory=DualStreamConfig)
