@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_cases import MaxCases, MaxSlices, Split, SplitName, WrongPrompts
 from FreqSegLib.cli_options import option_name, with_settings
 from FreqSegLib.cli_output import Delivery, check_apart, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
     from FreqSegLib.evaluation.wordings import WordingKind
 
 WIDE = 210
-
-
-class SplitName(str, Enum):
-    """Choices of ``--split``."""
-
-    test = "test"
-    train_validation = "train-validation"
 
 
 class WordingName(str, Enum):
@@ -54,21 +48,13 @@ def evaluate(
     target: Annotated[
         list[str] | None, typer.Option(help='Only this target, like "left lung"; may be repeated.', show_default="all")
     ] = None,
-    max_cases: Annotated[
-        int | None, typer.Option(help="At most so many cases a modality, evenly spaced, always the same.", min=1)
-    ] = None,
-    max_slices: Annotated[
-        int, typer.Option(help="Thin volumes out evenly to at most so many slices (0: whole volumes).", min=0)
-    ] = 0,
-    split: Annotated[
-        SplitName, typer.Option(help="The test folders, or the validation patients of the training folders.")
-    ] = SplitName.test,
+    max_cases: MaxCases = None,
+    max_slices: MaxSlices = 0,
+    split: Split = SplitName.test,
     preset_name: Annotated[str, typer.Option("--preset", help="Which weights and defaults.")] = "lite",
     sam: Annotated[str | None, typer.Option(help="SAM-family model, for presets that take one.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    wrong: Annotated[
-        int, typer.Option("--wrong-prompts", help="Targets of other modalities each case is asked for.", min=0, max=3)
-    ] = 2,
+    wrong: WrongPrompts = 2,
     box_ceiling: Annotated[
         bool, typer.Option("--box-ceiling/--no-box-ceiling", help="Also decode the truth's own boxes.")
     ] = True,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from FreqSegLib.cli_app import Session, app, session_of
-from FreqSegLib.cli_evaluate import SplitName
+from FreqSegLib.cli_cases import MaxCases, MaxSlices, Split, SplitName, TrainingData
 from FreqSegLib.cli_output import Delivery, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
 from FreqSegLib.errors import Cancelled
@@ -57,23 +57,10 @@ def train_baseline(
     steps: Annotated[int, typer.Option(help="Training steps, of 8 slices each.", min=1)] = 600,
     learning_rate: Annotated[float, typer.Option(help="AdamW's, after a short warm-up; then a cosine.")] = 5e-3,
     seed: Annotated[int, typer.Option(help="Seed of the slices chosen, the start and every batch.", min=0)] = 0,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that holds segmentation/ and fusion/.",
-            metavar="FOLDER",
-            show_default="FREQSEG_DATA, else ../shared/data",
-        ),
-    ] = None,
-    max_cases: Annotated[
-        int | None, typer.Option(help="At most so many cases a modality, evenly spaced, always the same.", min=1)
-    ] = None,
-    max_slices: Annotated[
-        int, typer.Option(help="Thin volumes out evenly to at most so many slices (0: whole volumes).", min=0)
-    ] = 0,
-    split: Annotated[
-        SplitName, typer.Option(help="The test folders, or the validation patients of the training folders.")
-    ] = SplitName.test,
+    data: TrainingData = None,
+    max_cases: MaxCases = None,
+    max_slices: MaxSlices = 0,
+    split: Split = SplitName.test,
     work: Annotated[Path, typer.Option(help="A folder a task; what is finished there is not done again.")] = Path(
         "build/baselines"
     ),

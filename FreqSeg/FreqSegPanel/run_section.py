@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class RunWidgets:
     status: Any
 
 
-class RunSection:
+class RunSection(ABC):
     """One run at a time. A message stays until something is changed that it depends on."""
 
     def __init__(self, panel, widgets: RunWidgets) -> None:
@@ -41,13 +42,13 @@ class RunSection:
     def busy(self) -> bool:
         return self._task is not None and not self._task.finished
 
+    @abstractmethod
     def apply(self) -> None:
         """Start a run, as the section is set."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self) -> None:
         """Which widgets can be used, and why not."""
-        raise NotImplementedError
 
     def cancel(self) -> None:
         if self.busy:

@@ -11,7 +11,7 @@ from slicer.i18n import tr as _
 from . import geometry, subject_hierarchy, terminology
 from .tasks import Work
 from .trouble import Trouble
-from .volume_input import require_present
+from .volume_input import require_present, require_unchanged_grid
 
 PROMPT_TAG, PRESET_TAG, SCORE_TAG, VOLUME_TAG = "FreqSeg.Prompt", "FreqSeg.Preset", "FreqSeg.Score", "FreqSeg.Volume"
 MAXIMUM_STEPS = 10
@@ -52,6 +52,27 @@ def new_segmentation(volume_node):
     node.CreateDefaultDisplayNodes()
     prepare(node, volume_node)
     return node
+
+
+def target_for(volume_node, segmentation_node, before) -> tuple:
+    """Where a run's result goes, made ready, and what the user should know of it.
+
+    Args:
+        volume_node: the run's volume.
+        segmentation_node: chosen by the user; None for a new one.
+        before: the volume's fingerprint when the run began.
+    """
+    notes = []
+    if not require_unchanged_grid(volume_node, before):
+        sentence = _("The voxels of '{volume}' changed during the run; the result is that of the earlier ones.")
+        notes.append(sentence.format(volume=volume_node.GetName()))
+    target = segmentation_node
+    if target is None:
+        target = new_segmentation(volume_node)
+    require_present(target)
+    prepare(target, volume_node)
+    note = other_grid_note(volume_node, target)
+    return target, [*notes, note] if note else notes
 
 
 def prepare(segmentation_node, volume_node) -> None:

@@ -228,17 +228,8 @@ class Session:
             values["uncertainty"] = True
         reply = yield Ask("segment", values)
         warnings = list(dict.fromkeys([*held.warnings, *reply["warnings"]]))
-        if not volume_input.require_unchanged_grid(volume_node, held.fingerprint):
-            sentence = _("The voxels of '{volume}' changed during the run; the result is that of the earlier ones.")
-            warnings.append(sentence.format(volume=volume_node.GetName()))
-        target = segmentation_node
-        if target is None:
-            target = segmentation_writer.new_segmentation(volume_node)
-        volume_input.require_present(target)
-        segmentation_writer.prepare(target, volume_node)
-        note = segmentation_writer.other_grid_note(volume_node, target)
-        if note:
-            warnings.append(note)
+        target, notes = segmentation_writer.target_for(volume_node, segmentation_node, held.fingerprint)
+        warnings += notes
         segment_ids, sentences = yield from self._write(volume_node, target, prompts, reply["segments"], options, held)
         if in_3d:
             yield None

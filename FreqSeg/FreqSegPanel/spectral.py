@@ -177,17 +177,8 @@ def segment_work(
         values["uncertainty"] = uncertainty
     reply = yield Ask("spectral_segment", values)
     warnings = list(reply["warnings"])
-    if not volume_input.require_unchanged_grid(volume_node, before):
-        sentence = _("The voxels of '{volume}' changed during the run; the result is that of the earlier ones.")
-        warnings.append(sentence.format(volume=volume_node.GetName()))
-    target = segmentation_node
-    if target is None:
-        target = segmentation_writer.new_segmentation(volume_node)
-    volume_input.require_present(target)
-    segmentation_writer.prepare(target, volume_node)
-    note = segmentation_writer.other_grid_note(volume_node, target)
-    if note:
-        warnings.append(note)
+    target, notes = segmentation_writer.target_for(volume_node, segmentation_node, before)
+    warnings += notes
     segment_ids, sentences = [], []
     session.writer.begin(target)
     for found in reply["segments"]:

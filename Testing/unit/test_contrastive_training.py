@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official_layouts import write_random_biomedclip
+from two_processes import run_twice
 
 from FreqSegLib.cli import main
 from FreqSegLib.clip.aligner import Aligner, AlignerConfig
@@ -300,23 +297,7 @@ with processes(torch.device("cpu")) as (rank, world, place):
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path, project_root: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "found.pt"), str(Path(__file__).parent)],
-            cwd=project_root,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [child.communicate(timeout=300)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], told
+    run_twice(TWO_PROCESSES, tmp_path / "found.pt", project_root)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     towers, pairs = lite_towers()
     phase = PairPhase(towers, pairs, recipe_of())

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +9,7 @@ import pytest
 import torch
 from test_text_guided import SMALL, STILL, made, wordings
 from torch import Tensor
+from two_processes import run_twice
 
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.interaction.dual_stream import DualStreamModel
@@ -86,23 +83,7 @@ with processes(torch.device("cpu")) as (rank, world, place):
 
 
 def test_two_processes_average_their_gradients_and_agree_on_the_score(tmp_path: Path, project_root: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path / "found"), str(Path(__file__).parent)],
-            cwd=project_root,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    told = [child.communicate(timeout=400)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], told
+    run_twice(CHILD, tmp_path / "found", project_root)
     found = [torch.load(tmp_path / f"found{rank}", weights_only=True) for rank in range(2)]
     assert torch.equal(found[0]["score"], found[1]["score"])
     parts = [gradients(phase(team=Apart(rank, 2))) for rank in range(2)]
