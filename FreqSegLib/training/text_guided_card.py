@@ -47,14 +47,14 @@ precision. For research, not for diagnosis.
 - **Licence**: {LICENCE}. LiteMedSAM and MiniLM themselves are Apache-2.0 and are not in this file.
 - **Knows**: {", ".join(name[5:] for name in names)}. Anything else is left to the zero-shot method.
 - **Architecture**: bands {model["bands"]} ({model["wave"]}), interaction {model["interaction"]}, decoders with
-  {"FMISeg's language gate (LFFI)" if model["language_gate"] else "FiLM"}, fusion {model["fusion"]}; after FreqMedCLIP and FMISeg.
+  {"FMISeg's language gate (LFFI)" if model["language_gate"] else "FiLM"}, fusion {model["fusion"]}, {model["place_terms"]}² cosines for the places a sentence prefers; after FreqMedCLIP and FMISeg.
 - **Data**: {r["slices"]["train"]} training and {r["slices"]["validation"]} validation slices (augmented copies of training
   slices included) of LGG FLAIR MR, Shenzhen chest X-rays, BUSI breast ultrasound, Decathlon hippocampus T1 MR, and
-  Harvard CT and MR, which show none of the targets. Split by patient (X-ray: by image; ultrasound: by group of
+  Harvard CT and MR, in which nobody marked tumours, so that they are asked for the other targets only. Split by patient (X-ray: by image; ultrasound: by group of
   near-duplicate images). Test folders were not touched.
 - **LiteMedSAM's own training set may hold some of these images**: its embeddings may have seen validation and test images.
 - **Recipe**: {training["dice_weight"]} Dice + {training["bce_weight"]} BCE on probabilities, each decoder by
-  {training["supervision_weight"]}, presence by {training["presence_weight"]}; {r["wordings"]} wordings, about {training["absent_share"]:.0%} of the prompts
+  {training["supervision_weight"]}, presence by {training["presence_weight"]}, naming the target from the sentence by {training["meaning_weight"]}; {r["wordings"]} wordings, about {training["absent_share"]:.0%} of the prompts
   for something that is not there; AdamW {loop["learning_rate"]}, cosine, batches of {training["batch_size"]} slices with up to
   {training["prompts"]} prompts, {loop["steps"]} steps, averaged weights, best validation Dice at step {int(r["best"]["step"])}; seed {recipe["seed"]}. Frozen tower
   and text encoder; from cached embeddings.
