@@ -55,7 +55,7 @@ def train_baseline(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps, of 8 slices each.", min=1)] = 600,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's, after a short warm-up; then a cosine.")] = 5e-3,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's, after a short warm-up; then a cosine.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of the slices chosen, the start and every batch.", min=0)] = 0,
     data: TrainingData = None,
     max_cases: MaxCases = None,
@@ -142,10 +142,7 @@ def _trained(
         recipe.tune_cases,
     )
     rules = kept_rules(folder / "run", lambda: choose_rules(task, network, tuned_on, device))
-    chosen = "; ".join(
-        f"{name} above {rule.threshold:g}, {f'{rule.num_contours} parts' if rule.num_contours else 'all parts'}"
-        for name, rule in rules.items()
-    )
+    chosen = "; ".join(f"{name} {rule.said}" for name, rule in rules.items())
     size = sum(weight.numel() for weight in network.parameters()) / 1e6
     said = (
         f"{task.title}: MONAI's residual UNet, {size:.2f} M parameters, {sum(s.split == 'train' for s in slices)} "
@@ -168,8 +165,9 @@ def _report(session: Session, files: list[Path], scores: list[CaseScore], facts:
     )
     text = (
         "Trained on the same slices, in the same frame, mirrored, moved and with other grey curves alike, by AdamW; "
-        "loss: Dice and binary cross-entropy. Threshold and parts kept were chosen on the same validation patients, "
-        "and masks brought back to each image's grid the same way. A U-Net is not asked for what cannot be there."
+        "loss: Dice and binary cross-entropy. Threshold, parts kept and their smallest size were chosen on the same "
+        "validation patients, and masks brought back to each image's grid the same way. A U-Net is not asked for what "
+        "cannot be there."
     )
     page, table, cases = files
     parts = [Part("U-Net and text-guided model", text, ways, None, tuple(scores))]

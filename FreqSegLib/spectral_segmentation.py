@@ -24,6 +24,7 @@ from FreqSegLib.mamba.model_config import MODEL_FILE, WEIGHTS_FILE, SpectralMode
 from FreqSegLib.mamba.model_folders import find_model
 from FreqSegLib.mamba.spectral_input import SliceInput, VolumeInput
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
+from FreqSegLib.mamba.stored_weights import unpacked
 from FreqSegLib.progress import CancelCallback, ProgressCallback, Stage
 from FreqSegLib.volume import Segment, Volume
 
@@ -118,7 +119,8 @@ class SpectralSegmenter:
             network = SpectralVMUNet(**asdict(model.model))
         except SettingsError as error:
             raise WeightsError(f"{folder / MODEL_FILE} describes no network: {error}. Get the model again.") from error
-        load_exactly(network, read_state_dict(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+        path = folder / WEIGHTS_FILE
+        load_exactly(network, unpacked(read_state_dict(path), path), path)
         return cls(network, model, chosen)
 
     def segment(

@@ -27,7 +27,7 @@ from FreqSegLib.sam.coarse_mask import coarse_mask, largest_components_3d, surro
 from FreqSegLib.slices import Frame, SliceStack
 from FreqSegLib.training.baselines import Task
 from FreqSegLib.training.text_guided_data import PICTURE_SIDE
-from FreqSegLib.training.text_guided_tuning import CONTOURS, RULE_COSTS, THRESHOLDS
+from FreqSegLib.training.text_guided_tuning import CONTOURS, PARTS, RULE_COSTS, THRESHOLDS
 from FreqSegLib.training.work_folder import write_text
 from FreqSegLib.volume import Volume
 
@@ -41,10 +41,18 @@ class Rule:
     Attributes:
         threshold: pixels above it, in [0, 1].
         num_contours: largest parts kept a slice; 0 keeps all.
+        smallest_part: parts of the volume under this share of the largest are dropped.
     """
 
     threshold: float = 0.5
     num_contours: int = 0
+    smallest_part: float = SMALLEST_PART
+
+    @property
+    def said(self) -> str:
+        """In words."""
+        parts = f"{self.num_contours} parts a slice" if self.num_contours else "all parts"
+        return f"above {self.threshold:g}, {parts} of at least {self.smallest_part:.0%} of the largest"
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Drawing:
             num_contours=rule.num_contours,
         )
         target = self.stack.empty(np.bool_)
-        self.stack.displayed(target)[:] = largest_components_3d(found, SMALLEST_PART)
+        self.stack.displayed(target)[:] = largest_components_3d(found, rule.smallest_part)
         return target
 
 
@@ -120,7 +128,7 @@ def choose_rules(
         cases: labelled validation patients.
         device: where the network is.
     """
-    rules = [Rule(threshold, parts) for parts in CONTOURS for threshold in THRESHOLDS]
+    rules = [Rule(threshold, parts, smallest) for smallest in PARTS for parts in CONTOURS for threshold in THRESHOLDS]
     found: dict[str, list[list[float]]] = {meaning.name: [] for meaning in task.targets()}
     for case in cases:
         labelled = case.read()
@@ -135,7 +143,7 @@ def choose_rules(
         if not of_cases:
             raise InputError(f"{task.title}: no validation patient shows '{name}', so nothing can be chosen on them")
         # on few patients keeping everything is preferred to a rule that is barely better
-        costs = [RULE_COSTS * (rule.num_contours != 0) for rule in rules]
+        costs = [RULE_COSTS * ((rule.num_contours != 0) + (rule.smallest_part != SMALLEST_PART)) for rule in rules]
         chosen[name] = rules[int((np.mean(of_cases, axis=0) - costs).argmax())]
     return chosen
 

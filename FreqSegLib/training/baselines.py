@@ -2,9 +2,6 @@
 
 It learns from the same slices, in the same frame and with the same kind of augmentation as phase 2, so that its numbers
 can stand beside the text-guided model's.
-
-Reference:
-    Kerfoot et al., "Left-Ventricle Quantification Using Residual U-Net", STACOM 2018: MONAI's UNet.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from FreqSegLib.training.lite_data import TrainingSlice
 from FreqSegLib.training.loop import LoopConfig, fit
 from FreqSegLib.training.text_guided import Answer, TextGuidedConfig, summarise_answers
 from FreqSegLib.training.text_guided_data import LEAST_PIXELS, Pictures, mirrored, target_masks, warped
+from FreqSegLib.training.unet_peer import UNetPeer
 from FreqSegLib.training.work_folder import claim
 
 
@@ -86,7 +84,7 @@ class BaselineConfig:
     batch_size: int = 8
     present_share: float = 0.8
     loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(steps=600, learning_rate=5e-3, warmup=30, validate_every=100, patience=100)
+        default_factory=lambda: LoopConfig(steps=600, learning_rate=3e-3, warmup=30, validate_every=100, patience=100)
     )
     seed: int = 0
 
@@ -100,20 +98,12 @@ class BaselineRecipe:
     config: BaselineConfig
 
 
-def build_unet(channels: int, config: BaselineConfig) -> nn.Module:
-    """MONAI's residual UNet, (B, 1, S, S) in [0, 1] -> logits (B, channels, S, S), from the config's seed."""
-    from monai.networks.nets import UNet
-
+def build_unet(channels: int, config: BaselineConfig) -> UNetPeer:
+    """A network, (B, 1, S, S) in [0, 1] -> logits (B, channels, S, S), from the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return UNet(
-            spatial_dims=2,
-            in_channels=1,
-            out_channels=channels,
-            channels=config.widths,
-            strides=(2,) * (len(config.widths) - 1),
-            num_res_units=config.residual_units,
-        )
+        # most pixels are background: the prior of Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017
+        return UNetPeer(2, 1, channels, config.widths, residual_units=config.residual_units, bias=-3.0)
 
 
 class BaselineTraining:

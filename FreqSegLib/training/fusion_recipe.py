@@ -21,10 +21,12 @@ from FreqSegLib.fusion.losses import BasicLoss, FusionLoss, HybridLoss, MedicalL
 from FreqSegLib.fusion.multi_scale import MultiScaleWaveletFusionNet
 from FreqSegLib.fusion.network import WEIGHTS_FILE, FusionNetwork
 from FreqSegLib.fusion.single_scale import WaveletFusionNet
+from FreqSegLib.training.curves import draw_curves
 from FreqSegLib.training.fusion_card import LICENCE, write_card
 from FreqSegLib.training.fusion_data import PATIENTS, Pairs, read_pairs
 from FreqSegLib.training.fusion_score import baseline_table, score, table_of
 from FreqSegLib.training.loop import LoopConfig, fit
+from FreqSegLib.training.work_folder import claim, write_text
 
 PHASES: tuple[dict[str, float], ...] = (
     {"l1": 2.0, "ssim": 1.0, "gradient": 0.5, "perceptual": 0.1, "frequency": 0.1},
@@ -32,6 +34,7 @@ PHASES: tuple[dict[str, float], ...] = (
     {"l1": 1.0, "ssim": 2.0, "gradient": 1.5, "perceptual": 0.8, "frequency": 0.5},
 )
 """Weights of the hybrid loss in each third of the progressive schedule: pixels, then structure, then perception."""
+PANELS: dict[str, tuple[str, ...]] = {"training loss": ("loss",), "validation score": ("score",)}
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def train_network(
         SettingsError: ``work`` holds a run of another recipe.
         InputError: the data are not there.
     """
-    _claim(work, recipe)
+    claim(work, recipe)
     train, validation = read_pairs(data, "train"), read_pairs(data, "validation")
     network = build_network(recipe)
     baselines = baseline_table(validation, work / "baselines.json")
@@ -301,7 +304,7 @@ def train_network(
         tell,
         lambda step: learning_rate(recipe, step, task.steps_per_epoch),
     )
-    draw_curves(work / "log.csv", work / "curves.png")
+    draw_curves(work / "log.csv", work / "curves.png", PANELS)
     results = {
         "recipe": asdict(recipe),
         "patients": PATIENTS,
@@ -311,7 +314,7 @@ def train_network(
         "baselines": baselines,
         "threads": torch.get_num_threads(),
     }
-    _write(work / "results.json", json.dumps(results, indent=1))
+    write_text(work / "results.json", json.dumps(results, indent=1))
     return network.requires_grad_(False).eval(), results
 
 
@@ -344,7 +347,7 @@ def train_fusion(
         results["test"] = {recipe.network: table_of(network, pairs), **baseline_table(pairs)}
         results["slices"]["test"] = len(pairs)
     report(f"{time.monotonic() - started:.0f} s in this call")
-    _write(work / "results.json", json.dumps(results, indent=1))
+    write_text(work / "results.json", json.dumps(results, indent=1))
     write_card(folder / "README.md", results)
     weights.record_shipped(f"fusion-{recipe.network}", models)
     return folder
@@ -380,40 +383,6 @@ def compare_wavelets(
         writer.writerows(rows)
     os.replace(temporary, work / "wavelets.csv")
     return rows
-
-
-def draw_curves(log: Path, picture: Path) -> None:
-    """Training loss and validation score by step, from ``fit``'s log, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with log.open(newline="", encoding="utf-8") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, key, title in zip(
-        figure.subplots(1, 2), ("loss", "score"), ("training loss", "validation score"), strict=True
-    ):
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], marker="o", markersize=3)
-        axes.set(xlabel="step", title=title)
-    temporary = picture.with_name(picture.name + ".part")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, picture)
-
-
-def _claim(work: Path, recipe: FusionRecipe) -> None:
-    """Checkpoints of one recipe must not be continued with another."""
-    work.mkdir(parents=True, exist_ok=True)
-    mine, path = json.dumps(asdict(recipe), indent=1), work / "recipe.json"
-    if path.exists() and path.read_text(encoding="utf-8") != mine:
-        raise SettingsError(f"{work} holds a run of another recipe; give another work folder, or delete this one")
-    _write(path, mine)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _generator(*seeds: int) -> torch.Generator:

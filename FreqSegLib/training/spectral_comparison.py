@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from FreqSegLib.errors import SettingsError
-from FreqSegLib.evaluation.boundary_iou import boundary_iou
 from FreqSegLib.evaluation.paired import paired_test
-from FreqSegLib.evaluation.segmentation_metrics import NSD_TOLERANCE, overlap, summarise
 from FreqSegLib.mamba.model_config import ModelConfig, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training.spectral_config import SpectralRecipe
-from FreqSegLib.training.spectral_data import Pair, find_pairs, read_labels
+from FreqSegLib.training.spectral_data import Pair, find_pairs
 from FreqSegLib.training.spectral_recipe import SpectralTraining, build_network
-from FreqSegLib.volume import Volume
+from FreqSegLib.training.spectral_test import DIGITS, METRICS, scored, spread
+from FreqSegLib.training.unet_peer import UNetPeer
 
-METRICS = ("dsc", "nsd", "hd95", "boundary_iou")
 OWN = "SpectralVMUNet"
 ABLATIONS = {
     "no spectral path": (False, True),
@@ -44,18 +42,6 @@ ABLATIONS = {
 }
 """Of our network: with the spectral path, with the frequency loss."""
 PEERS = ("UNet", "SegResNet", "SwinUNETR")
-
-
-@dataclass(frozen=True)
-class CaseScore:
-    """One class of one test image, where the class is there."""
-
-    case: str
-    label: str
-    dsc: float
-    nsd: float
-    hd95: float
-    boundary_iou: float
 
 
 class AnySize(nn.Module):
@@ -130,18 +116,8 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def _unet(model: ModelConfig, width: int) -> nn.Module:
-    from monai.networks.nets import UNet
-
-    channels = [width * 2**stage for stage in range(4)]
-    net = UNet(
-        spatial_dims=model.dimensions,
-        in_channels=model.in_channels,
-        out_channels=model.out_channels,
-        channels=channels,
-        strides=(2, 2, 2),
-        num_res_units=2,
-        dropout=model.dropout,
-    )
+    widths = [width * 2**stage for stage in range(4)]
+    net = UNetPeer(model.dimensions, model.in_channels, model.out_channels, widths, dropout=model.dropout)
     return AnySize(net, 8, model.dimensions)
 
 
@@ -267,43 +243,6 @@ def _run(
     return row
 
 
-def scored(
-    segmenter: SpectralSegmenter,
-    recipe: SpectralRecipe,
-    pair: Pair,
-    noise: float = 0.0,
-    tolerance: float = NSD_TOLERANCE,
-) -> list[CaseScore]:
-    """Every class of a labelled image, on the image's own grid.
-
-    Args:
-        segmenter: trained for the recipe's classes.
-        recipe: says how labels are read.
-        pair: the image and its labels.
-        noise: standard deviation of Gaussian noise added first, as a share of the image's range of grey levels.
-        tolerance: of NSD, in the unit of the file's spacing.
-    """
-    volume, label = Volume.read(pair.image), Volume.read(pair.label)
-    truth = read_labels(label, recipe.data, pair.label)
-    if noise:
-        array = volume.array.astype(np.float32)
-        rng = np.random.default_rng([len(pair.name), *pair.name.encode()])
-        spread = noise * float(array.max() - array.min())
-        volume = volume.with_array(array + spread * rng.standard_normal(array.shape, dtype=np.float32))
-    found = segmenter.segment(volume, keep_probabilities=False)
-    # array order: (k, j, i)
-    spacing = [float(length) for length in volume.spacing[::-1]]
-    scores = []
-    for number, one in enumerate(found.classes, start=1):
-        real = truth == number
-        if not real.any():
-            continue
-        values = overlap(one.mask, real, spacing, tolerance)
-        rim = boundary_iou(one.mask, real)
-        scores.append(CaseScore(pair.name, one.name, values.dsc, values.nsd, values.hd95, rim))
-    return scores
-
-
 def table(rows: Sequence[dict[str, Any]], noise: str = "0") -> str:
     """Markdown: a network a line, mean ± sd over test images (each the mean of its classes and of the seeds).
 
@@ -355,9 +294,8 @@ def _by_case(rows: Sequence[dict[str, Any]], noise: str) -> dict[str, dict[str, 
 
 
 def _cell(cases: dict[str, dict[str, float]], seeds: Sequence[dict[str, dict[str, float]]], metric: str) -> str:
-    summary = summarise([case[metric] for case in cases.values()])
-    digits = 2 if metric == "hd95" else 3
-    text = f"{summary.mean:.{digits}f} ± {summary.sd:.{digits}f}"
+    digits = DIGITS[metric]
+    text = spread([case[metric] for case in cases.values()], metric)
     if len(seeds) > 1:
         means = [float(np.mean([case[metric] for case in one.values()])) for one in seeds]
         text += f" (seeds ± {np.std(means, ddof=1):.{digits}f})"

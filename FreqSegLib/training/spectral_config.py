@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.mamba.model_config import InputConfig, ModelConfig, SpectralModel, class_configs
@@ -70,7 +71,8 @@ class TrainingConfig:
         checkpointing: recompute blocks in the backward pass, for memory.
         seed: of the start, the split, every batch and every augmentation.
         validation_share: of patients or images, by a hash of their names.
-        half_weights: write the weights in half precision.
+        stored: how the weights are written, of :data:`FreqSegLib.mamba.stored_weights.KINDS`; the card says what
+            the stored weights score.
         tensorboard: also write TensorBoard's event files.
     """
 
@@ -90,7 +92,7 @@ class TrainingConfig:
     checkpointing: bool = False
     seed: int = 0
     validation_share: float = 0.15
-    half_weights: bool = True
+    stored: Literal["float32", "float16", "int8"] = "float16"
     tensorboard: bool = False
 
     def __post_init__(self) -> None:

@@ -6,30 +6,35 @@ are validated by turns, and the first process writes the files.
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from FreqSegLib.checkpoint import load_exactly
 from FreqSegLib.device import resolve_device
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
+from FreqSegLib.evaluation.segmentation_metrics import NSD_TOLERANCE
 from FreqSegLib.mamba.losses import PatchDiscriminator, SpectralDualLoss, adversarial_losses
 from FreqSegLib.mamba.model_config import WEIGHTS_FILE, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
+from FreqSegLib.mamba.stored_weights import packed, unpacked
 from FreqSegLib.output_file import replacing
+from FreqSegLib.spectral_segmentation import SpectralSegmenter
+from FreqSegLib.training.curves import draw_curves
 from FreqSegLib.training.loop import LoopConfig, fit
 from FreqSegLib.training.processes import processes
 from FreqSegLib.training.spectral_config import LossConfig, SpectralRecipe
-from FreqSegLib.training.spectral_data import Batch, Batches, Item, load_split
+from FreqSegLib.training.spectral_data import Batch, Batches, Item, find_pairs, load_split
+from FreqSegLib.training.spectral_test import CaseScore, class_table, scored
 
 Row = dict[str, float]
+PANELS: dict[str, tuple[str, ...]] = {"training loss": ("loss", "train_"), "validation DSC": ("score", "dsc_")}
 
 
 def train_spectral(
@@ -67,7 +72,7 @@ def train_spectral(
         best = run.fit(quiet)
         folder = models / recipe.name
         if rank == 0:
-            run.write_model(folder, best)
+            run.write_model(folder, best, data or config.parent)
         if world > 1:
             distributed.barrier()
     return folder
@@ -181,7 +186,7 @@ class SpectralTraining:
             report("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             if self.rank:
                 return
-            draw_curves(self.work / "log.csv", self.work / "curves.png")
+            draw_curves(self.work / "log.csv", self.work / "curves.png", PANELS)
             if board is not None:
                 for key, value in row.items():
                     if key != "step":
@@ -229,15 +234,27 @@ class SpectralTraining:
         self._count += 1
         return total
 
-    @torch.no_grad()
     def validate(self) -> Row:
         """Mean DSC over cases and classes that are there, and over each class; the mean components since last time."""
+        counts = self._counts(self.rank, self.world)
+        if self.world > 1:
+            counts = counts.to(self.device)
+            distributed.all_reduce(counts)
+            counts = counts.cpu()
+        rows = self._dice(counts)
+        parts = {f"train_{name}": value / max(1, self._count) for name, value in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return {**rows, **parts}
+
+    @torch.no_grad()
+    def _counts(self, rank: int, world: int) -> Tensor:
+        """Voxels in both, in what was found and in the truth: (cases, 3, classes) of this process's share."""
         classes = self.recipe.model.out_channels
         cases = list(dict.fromkeys(item.case for item in self.validation))
         counts = torch.zeros(len(cases), 3, classes, dtype=torch.float64)
         self.network.eval()
         for number, item in enumerate(self.validation):
-            if number % self.world != self.rank:
+            if number % world != rank:
                 continue
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
                 found = self.network(item.image[None, None].to(self.device))[0].argmax(0).cpu()
@@ -246,38 +263,61 @@ class SpectralTraining:
                 mask, real = found == label, truth == label
                 row = torch.stack([(mask & real).sum(), mask.sum(), real.sum()]).double()
                 counts[cases.index(item.case), :, label] += row
-        if self.world > 1:
-            counts = counts.to(self.device)
-            distributed.all_reduce(counts)
-            counts = counts.cpu()
+        return counts
+
+    def _dice(self, counts: Tensor) -> Row:
         both, mine, real = counts[:, 0, 1:], counts[:, 1, 1:], counts[:, 2, 1:]
         there = real > 0
         if not there.any():
             raise InputError("no validation image has a labelled voxel; enlarge validation_share, or check the labels")
         dice = 2 * both / (mine + real).clamp(min=1)
         rows = {"score": float(dice[there].mean())}
+        classes = self.recipe.model.out_channels
         if classes > 2:
             for label in range(classes - 1):
                 if there[:, label].any():
                     rows[f"dsc_{label + 1}"] = float(dice[there[:, label], label].mean())
-        parts = {f"train_{name}": value / max(1, self._count) for name, value in self._sums.items()}
-        self._sums, self._count = {}, 0
-        return {**rows, **parts}
+        return rows
 
-    def write_model(self, folder: Path, best: Row) -> None:
-        """Weights, ``model.json`` and the card; all appear, or none."""
+    def write_model(self, folder: Path, best: Row, data: Path) -> None:
+        """Weights, ``model.json`` and the card with what they score; all appear, or none.
+
+        The network has the weights as they are stored from here on.
+
+        Args:
+            folder: of the model.
+            best: the row of the log whose weights the network has.
+            data: what the recipe's test folders, if there are any, are relative to.
+        """
         from safetensors.torch import save_file
 
-        kind = torch.float16 if self.recipe.training.half_weights else torch.float32
-        state = {key: value.detach().cpu().to(kind).contiguous() for key, value in self.network.state_dict().items()}
+        state = packed(self.network.state_dict(), self.recipe.training.stored)
+        load_exactly(self.network, unpacked(state, folder), folder)
+        self.network.to(self.device)
+        as_stored = self._dice(self._counts(0, 1))["score"]
+        tested = self._tested(data)
         paths = [folder / WEIGHTS_FILE, folder / "model.json", folder / "README.md"]
         with replacing(paths, overwrite=True) as (weights, described, card):
             save_file(state, weights)
             self.recipe.described().write(described.parent)
-            card.write_text(self.card(best), encoding="utf-8")
+            card.write_text(self.card(best, as_stored, tested), encoding="utf-8")
 
-    def card(self, best: Row) -> str:
-        """What the model is, and what was measured on the validation split while it was trained."""
+    def _tested(self, data: Path) -> list[CaseScore]:
+        recipe = self.recipe
+        if not recipe.data.test_images:
+            return []
+        # a network that takes and gives the same shapes has what a segmenter asks of one
+        segmenter = SpectralSegmenter(cast(SpectralVMUNet, self.network), recipe.described(), self.device)
+        return [score for pair in find_pairs(recipe.data, data, test=True) for score in scored(segmenter, recipe, pair)]
+
+    def card(self, best: Row, as_stored: float, tested: Sequence[CaseScore]) -> str:
+        """What the model is, and what was measured.
+
+        Args:
+            best: the row of the log whose weights were kept.
+            as_stored: DSC of the validation split with the weights as they are stored.
+            tested: of the test images; empty where the recipe names none.
+        """
         recipe = self.recipe
         cases = len({item.case for item in self.validation})
         parameters = sum(value.numel() for value in self.network.parameters())
@@ -288,15 +328,25 @@ class SpectralTraining:
             "",
             f"- Classes: {', '.join(recipe.data.classes)}",
             f"- Input: {recipe.input.form}, intensity {recipe.input.intensity}",
-            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters",
-            f"- Trained on {len({item.case for item in self.batches.items})} cases, seed {recipe.training.seed}, best "
-            f"after {best['step']:.0f} steps, {best['seconds'] / 60:.0f} minutes",
-            f"- DSC on {cases} validation cases that chose the checkpoint: {best['score']:.3f}",
+            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters, stored as {recipe.training.stored}",
+            f"- Trained on {len({item.case for item in self.batches.items})} cases of {recipe.data.images}, seed "
+            f"{recipe.training.seed}, best after {best['step']:.0f} steps, {best['seconds'] / 60:.0f} minutes; "
+            "validation cases are drawn by a hash of their names",
+            f"- DSC on {cases} validation cases that chose the checkpoint: {best['score']:.4f}; with the weights as "
+            f"stored: {as_stored:.4f}",
             f"- Licence: {recipe.licence or 'not stated'}",
             "",
-            "Research use, not for diagnosis.",
-            "",
         ]
+        if tested:
+            lines += [
+                f"On the {len({score.case for score in tested})} images of {recipe.data.test_images}, looked at after "
+                "training, mean ± standard deviation; NSD's tolerance is "
+                f"{NSD_TOLERANCE:g} in the unit of the files' spacing (pixels where they record none):",
+                "",
+                *class_table(tested).splitlines(),
+                "",
+            ]
+        lines += ["Research use, not for diagnosis.", ""]
         return "\n".join(lines)
 
     def _board(self) -> Any:
@@ -323,30 +373,3 @@ def _check_sizes(recipe: SpectralRecipe, items: list[Item]) -> None:
             f"the images have {len(sizes)} sizes, for example {sorted(sizes)[0]} and {sorted(sizes)[-1]}; set crop, so "
             "that they can be stacked, or batch_size 1"
         )
-
-
-def draw_curves(log: Path, picture: Path) -> None:
-    """The log as a picture: the losses on the left, the scores on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with log.open(newline="", encoding="utf-8") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for key in rows[0]:
-        values = [row[key] for row in rows]
-        if key == "loss" or key.startswith("train_"):
-            left.plot(steps, values, label=key.removeprefix("train_"), linewidth=2 if key == "loss" else 1)
-        elif key == "score" or key.startswith("dsc_"):
-            right.plot(steps, values, label="mean" if key == "score" else f"class {key[4:]}")
-    left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="step", ylabel="validation DSC", ylim=(0, 1))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    temporary = picture.with_name(f"{picture.stem}.part{picture.suffix}")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, picture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
 from FreqSegLib.mamba.model_config import SpectralModel, read_config
+from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training.spectral_config import AugmentConfig, SpectralRecipe, TrainingConfig
 from FreqSegLib.training.spectral_data import Batches, augmented, find_pairs, load_split, split
 from FreqSegLib.training.spectral_recipe import SpectralTraining, train_spectral
@@ -120,11 +122,32 @@ def test_a_run_leaves_weights_description_card_log_and_curves(trained: tuple[Pat
     card = (model / "README.md").read_text(encoding="utf-8")
     found = rows(work)
     best = max(float(row["score"]) for row in found)
-    assert f"{best:.3f}" in card
+    assert f"DSC on 2 validation cases that chose the checkpoint: {best:.4f}; with the weights as stored: " in card
+    assert "boundary IoU" not in card
     assert [float(row["step"]) for row in found] == [2, 4, 6]
     assert {"loss", "score", "train_dice", "train_focal", "train_frequency", "train_boundary"} <= set(found[0])
     assert (work / "tiny" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "6 training images of 6 cases, 2 validation images of 2" in said[0]
+
+
+def test_the_card_says_what_the_weights_score_as_they_are_stored(
+    images: Path, trained: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    shutil.copytree(trained[0], tmp_path / "work")
+    config = configuration(images, data={"test_images": "images", "test_labels": "masks"}, training={"stored": "int8"})
+    model = train_spectral(config, tmp_path / "work", tmp_path / "models", device="cpu", report=lambda line: None)
+    assert rows(tmp_path / "work") == rows(trained[0])
+    segmenter = SpectralSegmenter.from_model(model, "cpu")
+    scores = []
+    for pair in find_pairs(read_config(config, SpectralRecipe).data, images, test=True):
+        mask = segmenter.segment(Volume.read(pair.image)).classes[0].mask
+        truth = Volume.read(pair.label).array > 0
+        scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+    assert len(scores) == 8
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert f"| square | 8 | {np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f} |" in card
+    assert "parameters, stored as int8" in card
+    assert "On the 8 images of images, looked at after training" in card
 
 
 def test_a_run_killed_without_warning_goes_on_with_the_same_curve(
@@ -161,7 +184,7 @@ def test_a_run_killed_without_warning_goes_on_with_the_same_curve(
 def test_two_processes_average_their_gradients(images: Path, project_root: Path, tmp_path: Path) -> None:
     """One step of two processes is one step on both halves of the batch, their gradients averaged."""
     changes = {
-        "training": {"epochs": 1, "steps_per_epoch": 1, "batch_size": 4, "warmup_epochs": 0, "half_weights": False},
+        "training": {"epochs": 1, "steps_per_epoch": 1, "batch_size": 4, "warmup_epochs": 0, "stored": "float32"},
         "model": {"dropout": 0.0},
     }
     config = configuration(images, **changes)
