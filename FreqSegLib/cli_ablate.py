@@ -12,6 +12,7 @@ import typer
 
 from FreqSegLib.cli_app import Session, app, session_of
 from FreqSegLib.cli_cases import MaxCases, MaxSlices, Split, SplitName, TrainingData, WrongPrompts
+from FreqSegLib.cli_common_options import Device, NoProgress, Overwrite
 from FreqSegLib.cli_output import Delivery, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
 from FreqSegLib.errors import Cancelled
@@ -67,9 +68,9 @@ def ablate(
     pictures: Annotated[Path, typer.Option(help="Cached pictures of the training slices, likewise.")] = Path(
         "build/text_guided/pictures"
     ),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: NoProgress = False,
 ) -> None:
     """Train the text-guided model without its parts and with them, measure every form, and say what each part adds.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_common_options import Device
 
 
 @app.command("compare-spectral")
@@ -43,7 +44,7 @@ def compare_spectral(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Runs (a stopped one goes on), comparison.md and comparison.csv.")
     ] = Path("build/spectral_comparison"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train SpectralVMUNet and MONAI's networks on the same images in the same way, and measure them on test images."""
     from FreqSegLib.device import resolve_device

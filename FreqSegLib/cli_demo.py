@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from FreqSegLib.cli_app import Session, app, session_of
+from FreqSegLib.cli_common_options import Device
 from FreqSegLib.cli_output import Delivery, check_folder
 from FreqSegLib.cli_progress import Show, progress_on, readable_time
 from FreqSegLib.cli_segment import Targets, ask, check_request, check_weights, read_slices, write_results
@@ -33,7 +34,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", metavar="FOLDER")] = Path(
         "freqseg-demo"
     ),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but the outcome.")] = False,
 ) -> None:
     """Segment the brain tumour of a simulated FLAIR volume, and ask for lungs, which are not there.

@@ -13,6 +13,7 @@ import typer
 
 from FreqSegLib.cli_app import app, session_of
 from FreqSegLib.cli_cases import MaxCases, MaxSlices, Split, SplitName, WrongPrompts
+from FreqSegLib.cli_common_options import Device, NoProgress, Overwrite
 from FreqSegLib.cli_options import option_name, with_settings
 from FreqSegLib.cli_output import Delivery, check_apart, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
@@ -53,7 +54,7 @@ def evaluate(
     split: Split = SplitName.test,
     preset_name: Annotated[str, typer.Option("--preset", help="Which weights and defaults.")] = "lite",
     sam: Annotated[str | None, typer.Option(help="SAM-family model, for presets that take one.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     wrong: WrongPrompts = 2,
     box_ceiling: Annotated[
         bool, typer.Option("--box-ceiling/--no-box-ceiling", help="Also decode the truth's own boxes.")
@@ -89,8 +90,8 @@ def evaluate(
             "--html", help="A page with tables, pictures of the best, median and worst cases, and every case."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    overwrite: Overwrite = False,
+    quiet: NoProgress = False,
     *,
     settings: TextSegmentationSettings,
 ) -> None:

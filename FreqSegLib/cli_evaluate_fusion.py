@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_common_options import NoProgress, Overwrite
 from FreqSegLib.cli_fuse import recorded_beside
 from FreqSegLib.cli_output import Delivery, check_apart, check_target
 from FreqSegLib.cli_progress import progress_on
@@ -34,8 +35,8 @@ def evaluate_fusion(
     slices: Annotated[int, typer.Option(help="Measure at most so many slices, evenly spaced.", min=1)] = 24,
     ct_window: Annotated[str, typer.Option(help="CT grey levels, where the fused file does not record them.")] = "auto",
     mr_intensity: Annotated[str, typer.Option(help="MR grey levels, likewise.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    overwrite: Overwrite = False,
+    quiet: NoProgress = False,
 ) -> None:
     """Measure a fused image or volume in every metric, beside average, max, choose-max and Laplacian pyramid.
 
@@ -122,8 +123,8 @@ def evaluate_fusion_set(
     max_slices: Annotated[int, typer.Option(help="At most so many slices, evenly spaced (0: all).", min=0)] = 0,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Every slice and method, numbers in full.")] = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="The tables as Markdown.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    overwrite: Overwrite = False,
+    quiet: NoProgress = False,
 ) -> None:
     """Every fusion method on CT/MR slices of patients that no network was trained on."""
     session = session_of(context)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_common_options import Overwrite, Quiet
 from FreqSegLib.cli_output import check_folder
 from FreqSegLib.errors import InputError
 
@@ -49,9 +50,9 @@ def export(
     prompt: Annotated[
         list[str] | None, typer.Option(help="For lite-text-guided: what to ask of the images; may be given again.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a trained model as TorchScript, as a torch.export program, or as ONNX, for inputs of one size.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from FreqSegLib.cli_app import Session, app, session_of
+from FreqSegLib.cli_common_options import Device, FillNonfinite, Overwrite, Quiet
 from FreqSegLib.cli_options import with_settings
 from FreqSegLib.cli_output import Delivery, check_apart, check_folder, check_target
 from FreqSegLib.cli_progress import Show, progress_on, readable_time
@@ -44,15 +45,13 @@ def fuse(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write pictures and every metric as one HTML page.")] = None,
     weights_folder: Annotated[Path | None, typer.Option(help="Folder with other weights of the network.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     ct_series: Annotated[str | None, typer.Option(help="Series of the CT's DICOM folder.")] = None,
     mr_series: Annotated[str | None, typer.Option(help="Series of the MR's DICOM folder.")] = None,
-    fill_nonfinite: Annotated[
-        float | None, typer.Option(help="Value for NaN and infinite voxels, instead of refusing them.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    fill_nonfinite: FillNonfinite = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print how it was made as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+    quiet: Quiet = False,
     *,
     settings: FusionSettings,
 ) -> None:
@@ -107,11 +106,11 @@ def fuse_folder(
     mr_folder: Annotated[Path, typer.Argument(metavar="MR_FOLDER", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the fused files.", metavar="FOLDER")],
     weights_folder: Annotated[Path | None, typer.Option(help="Folder with other weights of the network.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Fuse finished pairs again, instead of going on after them.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+    quiet: Quiet = False,
     *,
     settings: FusionSettings,
 ) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from FreqSegLib.cli_app import Session, app, session_of
+from FreqSegLib.cli_common_options import Device, FillNonfinite, FrameNumber, Overwrite, Quiet, Series
 from FreqSegLib.cli_options import with_settings
 from FreqSegLib.cli_output import Delivery, check_apart, check_folder, check_target
 from FreqSegLib.cli_progress import Show, progress_on
@@ -152,15 +153,11 @@ def segment(
     sam_checkpoint: Annotated[
         Path | None, typer.Option(help="Your own SAM or MedSAM weights (biomedclip-sam).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    series: Annotated[str | None, typer.Option(help="Series of a DICOM folder: number, description or UID.")] = None,
-    frame: Annotated[
-        int | None, typer.Option(help="Volume of a time series or multi-channel file, from 0.", min=0)
-    ] = None,
-    fill_nonfinite: Annotated[
-        float | None, typer.Option(help="Value for NaN and infinite voxels, instead of refusing them.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    device: Device = "auto",
+    series: Series = None,
+    frame: FrameNumber = None,
+    fill_nonfinite: FillNonfinite = None,
+    overwrite: Overwrite = False,
     one_file_per_segment: Annotated[
         bool, typer.Option("--one-file-per-segment", help="A file for each prompt, named after it.")
     ] = False,
@@ -174,7 +171,7 @@ def segment(
         Path | None, typer.Option(help="Folder for a PNG a slice that shows every stage.", metavar="FOLDER")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+    quiet: Quiet = False,
     *,
     settings: TextSegmentationSettings,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_common_options import Device, FillNonfinite, FrameNumber, Overwrite, Quiet, Series
 from FreqSegLib.cli_output import Delivery, check_apart, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
 from FreqSegLib.errors import Cancelled, InputError, OutputError
@@ -60,17 +61,13 @@ def spectral(
     ] = Measure.entropy,
     samples: Annotated[int, typer.Option(min=2, help="Repetitions with dropout.")] = 8,
     seed: Annotated[int, typer.Option(help="Of dropout.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    series: Annotated[str | None, typer.Option(help="Series of a DICOM folder: number, description or UID.")] = None,
-    frame: Annotated[
-        int | None, typer.Option(help="Volume of a time series or multi-channel file, from 0.", min=0)
-    ] = None,
-    fill_nonfinite: Annotated[
-        float | None, typer.Option(help="Value for NaN and infinite voxels, instead of refusing them.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    device: Device = "auto",
+    series: Series = None,
+    frame: FrameNumber = None,
+    fill_nonfinite: FillNonfinite = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Segment the classes a trained spectral model knows, in a 2D or 3D image.
 

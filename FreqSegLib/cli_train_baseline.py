@@ -12,6 +12,7 @@ import typer
 
 from FreqSegLib.cli_app import Session, app, session_of
 from FreqSegLib.cli_cases import MaxCases, MaxSlices, Split, SplitName, TrainingData
+from FreqSegLib.cli_common_options import Device, NoProgress, Overwrite
 from FreqSegLib.cli_output import Delivery, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
 from FreqSegLib.errors import Cancelled
@@ -67,9 +68,9 @@ def train_baseline(
     pictures: Annotated[
         Path, typer.Option(help="Cached pictures of the training slices; what is missing is made.")
     ] = Path("build/text_guided/pictures"),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: NoProgress = False,
 ) -> None:
     """Train MONAI's UNet for one task or all, on the slices of the text-guided model, and measure it on the same cases.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import session_of
+from FreqSegLib.cli_common_options import Device
 from FreqSegLib.cli_train_text_guided import train
 
 
@@ -21,7 +22,7 @@ def contrastive(
             metavar="CONFIG", help="JSON or TOML: images with captions, encoder, training.", show_default=False
         ),
     ],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train an image-text encoder on your own images and captions (DHN-NCE).
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import session_of
+from FreqSegLib.cli_common_options import Device
 from FreqSegLib.cli_train_text_guided import train
 
 
@@ -18,7 +19,7 @@ def pseudo_labels(
         Path,
         typer.Argument(metavar="CONFIG", help="JSON or TOML: images without labels, targets.", show_default=False),
     ],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Write nnU-Net's dataset and stop; needs no nnU-Net.")
     ] = False,

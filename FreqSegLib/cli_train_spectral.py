@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_common_options import Device
 
 
 @app.command("train-spectral")
@@ -27,7 +28,7 @@ def train_spectral(
     models: Annotated[Path, typer.Option(help="Where the model goes, in a folder of its name.")] = Path(
         "Resources/Models"
     ),
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train a spectral model on images or volumes with labels.
 

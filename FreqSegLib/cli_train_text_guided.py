@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
+from FreqSegLib.cli_common_options import Device
 
 train = typer.Typer(help="Train the text-guided models, phase by phase.", no_args_is_help=True)
 app.add_typer(train, name="train")
@@ -24,7 +25,7 @@ def text_guided(
     data: Annotated[
         Path | None, typer.Option(help="Folder with the training images (default: FREQSEG_DATA, else ../shared/data).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train the lite preset's text-guided model on cached embeddings, choose its settings, write weights and card.
 
