@@ -765,7 +765,7 @@ class FreqSegLogic(ScriptedLoadableModuleLogic):
             volumeNode: a volume or picture, as the model takes them.
             model: its name, such as "spectral-lungs", or its folder.
             segmentationNode: where to write; a new one is made without it.
-            uncertainty: "flips" or "dropout" to measure it too; "dropout" needs a model that was trained with it.
+            uncertainty: "auto", or "flips" or "dropout" where the model was trained for it, to measure it too.
             device: "auto", "cpu" or "cuda".
             progress: called with stage, done, total and seconds left.
             waitForCompletion: without it a task is returned at once, to be driven by ``logic.session.runner.tick()``.

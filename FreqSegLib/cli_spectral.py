@@ -20,6 +20,7 @@ from FreqSegLib.errors import Cancelled, InputError, OutputError
 class Method(str, Enum):
     """Choices of ``--method``."""
 
+    auto = "auto"
     flips = "flips"
     dropout = "dropout"
 
@@ -54,8 +55,12 @@ def spectral(
         Path | None, typer.Option(help="Also write how unsure the model is, in [0, 1], as a volume (slower).")
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="How predictions are repeated: mirror images, or with random channels left out.")
-    ] = Method.flips,
+        Method,
+        typer.Option(
+            help="How predictions are repeated: as mirror images, or with random channels left out; auto: as the model "
+            "was trained."
+        ),
+    ] = Method.auto,
     measure: Annotated[
         Measure, typer.Option(help="What is written: all doubt, what predictions disagree about, or the probability.")
     ] = Measure.entropy,

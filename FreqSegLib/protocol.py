@@ -323,7 +323,7 @@ class SpectralSegment:
     volume: VolumeDescription
     model: str
     device: str = "auto"
-    uncertainty: Literal["dropout", "flips"] | None = None
+    uncertainty: Literal["auto", "flips", "dropout"] | None = None
     samples: int = 8
     seed: int = 0
 

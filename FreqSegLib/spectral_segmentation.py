@@ -28,7 +28,7 @@ from FreqSegLib.mamba.stored_weights import unpacked
 from FreqSegLib.progress import CancelCallback, ProgressCallback, Stage
 from FreqSegLib.volume import Segment, Volume
 
-Uncertainty = Literal["dropout", "flips"]
+Uncertainty = Literal["auto", "flips", "dropout"]
 
 WINDOW_OVERLAP = 0.25
 
@@ -138,8 +138,9 @@ class SpectralSegmenter:
 
         Args:
             volume: of any grid.
-            uncertainty: ``dropout`` repeats the prediction with random channels left out (Gal & Ghahramani, 2016);
-                ``flips`` predicts every mirror image. Labels are then those of the mean.
+            uncertainty: ``flips`` predicts every mirror image along the axes the model was trained to be mirrored
+                along; ``dropout`` repeats the prediction with random channels left out (Gal & Ghahramani, 2016);
+                ``auto`` takes the first of them that the model was trained for. Labels are then those of the mean.
             samples: repetitions of ``dropout``.
             seed: of ``dropout``.
             keep_probabilities: return them; for large volumes they are large.
@@ -148,11 +149,10 @@ class SpectralSegmenter:
 
         Raises:
             InputError: the volume is constant, or not of the form the model takes.
-            SettingsError: ``dropout`` is asked of a network without any, or a number is out of range.
+            SettingsError: the model was not trained for that way of repeating, or a number is out of range.
             Cancelled: ``cancel`` answered True.
         """
-        self._check(uncertainty, samples)
-        predict = self._predictor(uncertainty, samples, seed)
+        predict = self._predictor(self._repetition(uncertainty, samples), samples, seed)
         gathered = _Gathered(volume, len(self.model.classes) + 1, keep_probabilities, uncertainty is not None)
         if self.model.input.form == "volume":
             said = self._whole(volume, predict, gathered, progress, cancel)
@@ -160,14 +160,25 @@ class SpectralSegmenter:
             said = self._slices(volume, predict, gathered, progress, cancel)
         return gathered.result(self.model, (*volume.warnings, *said))
 
-    def _check(self, uncertainty: Uncertainty | None, samples: int) -> None:
-        if uncertainty not in (None, "dropout", "flips"):
-            raise SettingsError(f"uncertainty must be dropout or flips, got {uncertainty!r}")
-        if uncertainty == "dropout":
-            if not self.network.dropout:
-                raise SettingsError(f"model '{self.model.name}' was trained without dropout; use uncertainty 'flips'")
-            if samples < 2:
-                raise SettingsError(f"dropout needs at least 2 samples, got {samples}")
+    def _repetition(self, uncertainty: Uncertainty | None, samples: int) -> str | None:
+        """How predictions are repeated: ``flips``, ``dropout``, or not at all."""
+        if uncertainty is None:
+            return None
+        if uncertainty not in ("auto", "flips", "dropout"):
+            raise SettingsError(f"uncertainty must be auto, flips or dropout, got {uncertainty!r}")
+        can = self.model.repetitions
+        if not can:
+            raise SettingsError(
+                f"model '{self.model.name}' was trained neither on mirror images nor with dropout, so its uncertainty "
+                "cannot be measured; leave it out, or train the model with one of them"
+            )
+        chosen = can[0] if uncertainty == "auto" else uncertainty
+        if chosen not in can:
+            trained = {"flips": "on mirror images, which would mislead it", "dropout": "with dropout"}[chosen]
+            raise SettingsError(f"model '{self.model.name}' was not trained {trained}; use uncertainty '{can[0]}'")
+        if chosen == "dropout" and samples < 2:
+            raise SettingsError(f"dropout needs at least 2 samples, got {samples}")
+        return chosen
 
     def _slices(
         self,
@@ -218,18 +229,18 @@ class SpectralSegmenter:
         stage.advance(1)
         return whole.intensity.warnings
 
-    def _predictor(self, uncertainty: Uncertainty | None, samples: int, seed: int) -> Callable[[Tensor, int], Tensor]:
+    def _predictor(self, repetition: str | None, samples: int, seed: int) -> Callable[[Tensor, int], Tensor]:
         """Images (B, 1, *size), and the number of the first, to probabilities (samples, B, classes, *size)."""
-        spatial = tuple(range(2, 2 + self.model.model.dimensions))
+        mirrors = tuple(axis + 2 for axis in self.model.mirrors)
 
         @torch.inference_mode()
         def predict(images: Tensor, first: int) -> Tensor:
-            if uncertainty is None:
+            if repetition is None:
                 return self._probabilities(images)[None]
-            if uncertainty == "flips":
+            if repetition == "flips":
                 mirrored = []
-                for chosen in product((False, True), repeat=len(spatial)):
-                    axes = [axis for axis, flip in zip(spatial, chosen, strict=True) if flip]
+                for chosen in product((False, True), repeat=len(mirrors)):
+                    axes = [axis for axis, flip in zip(mirrors, chosen, strict=True) if flip]
                     mirrored.append(self._probabilities(images.flip(axes)).flip(axes))
                 return torch.stack(mirrored)
             with _dropping(self.network):

@@ -35,7 +35,7 @@ class KnownModel:
         classes: what it finds, in the order of its labels.
         form: what it reads: "image", "slices" or "volume".
         licence: of its weights.
-        has_dropout: whether it can leave out channels by chance, for uncertainty.
+        repetitions: how it can be repeated for uncertainty: "flips", "dropout"; the better way first.
         fault: why it cannot be used, as a sentence; empty when it can.
     """
 
@@ -45,7 +45,7 @@ class KnownModel:
     classes: tuple[str, ...] = ()
     form: str = SLICES
     licence: str = ""
-    has_dropout: bool = False
+    repetitions: tuple[str, ...] = ()
     fault: str = ""
 
 
@@ -79,7 +79,7 @@ def models(own_folders: Sequence[str] = ()) -> list[KnownModel]:
             tuple(name.name for name in one.model.classes),
             one.model.input.form,
             one.model.licence,
-            one.model.model.dropout > 0,
+            one.model.repetitions,
             one.fault,
         )
         if one.model is not None
@@ -162,7 +162,7 @@ def segment_work(
         volume_node: the volume.
         segmentation_node: where to write; a new one is made without it.
         model: one of :func:`models`.
-        uncertainty: "flips", "dropout", or None for none.
+        uncertainty: "auto", "flips", "dropout", or None for none.
         device: "auto", "cpu" or "cuda".
 
     Returns a :class:`SpectralReport`. Nothing in the scene changes before the worker has answered.

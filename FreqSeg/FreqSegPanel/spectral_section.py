@@ -113,8 +113,23 @@ class SpectralSection(RunSection):
         ui.spectralButton.toolTip = reason or _("Segment the volume with this model.")
         ui.spectralCancelButton.setEnabled(self.busy)
         ui.spectralModelComboBox.setEnabled(bool(self._models))
-        can_drop = model is not None and model.has_dropout
-        ui.spectralMethodComboBox.setEnabled(can_drop and ui.spectralUncertaintyCheckBox.checked)
+        ways = () if model is None else model.repetitions
+        cannot = model is not None and not model.fault and not ways
+        ui.spectralUncertaintyCheckBox.setEnabled(not cannot)
+        ui.spectralUncertaintyCheckBox.toolTip = (
+            _("This model was trained for no way of repeating its runs, so how unsure it is cannot be measured.")
+            if cannot
+            else _(
+                "Also make a volume that shows where the model is unsure. It repeats the run, so it takes several "
+                "times as long."
+            )
+        )
+        ui.spectralMethodComboBox.setEnabled(len(ways) > 1 and ui.spectralUncertaintyCheckBox.checked)
+        if parameters is not None:
+            # what will be done is what is shown; the user's own choice is kept for models that leave one
+            updating, self._updating = self._updating, True
+            self._choices.choose(ui.spectralMethodComboBox, ways[0] if len(ways) == 1 else parameters.spectralMethod)
+            self._updating = updating
         ui.spectralDetailsLabel.text = described(model) if model is not None else ""
         ui.spectralDetailsLabel.setVisible(model is not None)
         if parameters is None:
@@ -135,7 +150,8 @@ class SpectralSection(RunSection):
             return
         self._forget_message()
         parameters.spectralModel = self._choices.chosen(self.ui.spectralModelComboBox)
-        parameters.spectralMethod = self._choices.chosen(self.ui.spectralMethodComboBox)
+        if self.ui.spectralMethodComboBox.enabled:
+            parameters.spectralMethod = self._choices.chosen(self.ui.spectralMethodComboBox)
         self.update()
 
     def _folder_chosen(self, *ignored: Any) -> None:
@@ -161,13 +177,14 @@ class SpectralSection(RunSection):
             return
         parameters, model = self.panel.parameters, self.model
         volume, segmentation = parameters.spectralVolume, parameters.spectralSegmentation
-        method = self._choices.chosen(self.ui.spectralMethodComboBox) if model.has_dropout else FLIPS
+        method = self._choices.chosen(self.ui.spectralMethodComboBox)
+        wanted = parameters.spectralUncertainty and bool(model.repetitions)
         work = spectral.segment_work(
             self.panel.session,
             volume,
             segmentation,
             model,
-            uncertainty=method if parameters.spectralUncertainty else None,
+            uncertainty=method if wanted else None,
             device=self.panel.device,
         )
         self._run(work, (volume, segmentation), self._segmented, _("Handing the volume over …"))

@@ -108,6 +108,8 @@ class SpectralModel:
         classes: in the order of the labels from 1; the background is label 0.
         licence: of the weights.
         description: a sentence for lists.
+        mirrors: array axes, from 0, along which it was trained on mirror images too; in 2D (rows, columns), in 3D
+            (z, y, x). Along others a mirror image is a picture it has never seen.
     """
 
     name: str
@@ -116,6 +118,7 @@ class SpectralModel:
     classes: tuple[ClassConfig, ...]
     licence: str = ""
     description: str = ""
+    mirrors: tuple[int, ...] = ()
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -129,6 +132,13 @@ class SpectralModel:
             raise SettingsError(
                 f"form '{self.input.form}' needs a network of {needed} dimensions, got {self.model.dimensions}"
             )
+        if any(axis not in range(needed) for axis in self.mirrors):
+            raise SettingsError(f"mirrors must lie in 0 to {needed - 1}, got {self.mirrors}")
+
+    @property
+    def repetitions(self) -> tuple[str, ...]:
+        """How its predictions can be repeated for uncertainty, the better way first: ``flips``, ``dropout``."""
+        return (*(("flips",) if self.mirrors else ()), *(("dropout",) if self.model.dropout > 0 else ()))
 
     @classmethod
     def read(cls, folder: Path) -> SpectralModel:

@@ -184,4 +184,5 @@ class SpectralRecipe:
             classes=class_configs(self.data.classes, self.data.colors),
             licence=self.licence,
             description=self.description,
+            mirrors=self.augment.flip_axes,
         )

@@ -26,6 +26,7 @@ def write_model(place: Path, name: str = "my-lesions", form: str = "slices", **c
         "classes": [{"name": title, "color": color} for title, color in CLASSES],
         "licence": "CC0",
         "description": "Lesions in brain FLAIR volumes.",
+        "mirrors": [1],
         "format": 1,
         **changes,
     }
@@ -215,16 +216,35 @@ def test_uncertainty_becomes_a_volume_over_the_picture(app, opened, fake) -> Non
     assert len(slicer.util.getNodes("*uncertainty of*")) == 1
 
 
-def test_a_model_without_dropout_repeats_by_mirror_images(app, opened, fake, tmp_path) -> None:
+def test_a_model_is_repeated_only_as_it_was_trained(app, opened, fake, tmp_path) -> None:
     make_steps()
     write_model(tmp_path / "models", "steady", model={"out_channels": 3})
+    write_model(tmp_path / "models", "one-sided", mirrors=[])
+    write_model(tmp_path / "models", "plain", model={"out_channels": 3}, mirrors=[])
     panel = opened()
     panel.ui.spectralUncertaintyCheckBox.setChecked(True)
-    choose(panel, panel.ui.spectralMethodComboBox, "By leaving out channels")
+    shown = panel.ui.spectralMethodComboBox
+    choose(panel, panel.ui.spectralModelComboBox, "my-lesions")
+    choose(panel, shown, "By leaving out channels")
     choose(panel, panel.ui.spectralModelComboBox, "steady")
-    assert not panel.ui.spectralMethodComboBox.enabled
+    assert (shown.enabled, shown.currentText) == (False, "By mirror images")
     press(app, panel)
     assert fake.last("spectral_segment")["uncertainty"] == "flips"
+    choose(panel, panel.ui.spectralModelComboBox, "my-lesions")
+    assert (shown.enabled, shown.currentText) == (True, "By leaving out channels")
+    choose(panel, shown, "By mirror images")
+    choose(panel, panel.ui.spectralModelComboBox, "one-sided")
+    assert (shown.enabled, shown.currentText) == (False, "By leaving out channels")
+    press(app, panel)
+    assert fake.last("spectral_segment")["uncertainty"] == "dropout"
+    choose(panel, panel.ui.spectralModelComboBox, "plain")
+    assert not panel.ui.spectralUncertaintyCheckBox.enabled
+    assert "cannot be measured" in panel.ui.spectralUncertaintyCheckBox.toolTip
+    press(app, panel)
+    assert "uncertainty" not in fake.last("spectral_segment")
+    choose(panel, panel.ui.spectralModelComboBox, "my-lesions")
+    assert panel.ui.spectralUncertaintyCheckBox.enabled
+    assert shown.currentText == "By mirror images"
 
 
 def test_what_a_model_cannot_read_is_said_before_the_run(app, opened, fake, tmp_path) -> None:
@@ -334,8 +354,8 @@ def test_a_scene_brings_the_section_back(app, opened, tmp_path) -> None:
     make_steps()
     panel = opened()
     choose(panel, panel.ui.spectralModelComboBox, "my-lesions")
-    choose(panel, panel.ui.spectralMethodComboBox, "By leaving out channels")
     panel.ui.spectralUncertaintyCheckBox.setChecked(True)
+    choose(panel, panel.ui.spectralMethodComboBox, "By leaving out channels")
     press(app, panel)
     path = tmp_path / "scene.mrb"
     assert slicer.util.saveScene(str(path))
@@ -385,6 +405,7 @@ def write_real_model(folder: Path) -> Path:
         input=config.InputConfig(side=24),
         classes=config.class_configs(("one", "two")),
         description="Nothing in particular.",
+        mirrors=(0, 1),
     )
     folder.mkdir(parents=True)
     model.write(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def described(form: str = "slices", **changes: object) -> SpectralModel:
         ),
         input=InputConfig(form=form, **{"side": 24, "intensity": "500/1000", **changes}),  # type: ignore[arg-type]
         classes=class_configs(("grey", "white")),
+        mirrors=tuple(range(dimensions)),
     )
 
 
@@ -167,6 +169,21 @@ def test_flips_agree_where_the_network_has_no_side(form: str) -> None:
     assert np.array_equal(found.labels.array, single.labels.array)
 
 
+def test_only_axes_that_the_model_was_mirrored_along_are_mirrored() -> None:
+    seen: list[Tensor] = []
+
+    class Watching(Threshold):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return super().forward(x)
+
+    model = replace(described(), mirrors=(1,))
+    made = SpectralSegmenter(Watching((2, 2)), model)  # type: ignore[arg-type]
+    made.segment(stepped((1, 24, 16)), uncertainty="auto")
+    plain, mirrored = seen
+    assert torch.equal(mirrored, plain.flip(3))
+
+
 def test_uncertainty_is_what_its_formulas_say() -> None:
     """Two equally likely answers, in turns: all doubt is disagreement."""
     calls = iter(range(100))
@@ -225,9 +242,17 @@ def test_forms_and_settings_that_do_not_fit_are_named() -> None:
         segmenter(described("volume")).segment(picture)
     with pytest.raises(InputError, match="takes 2D pictures"):
         segmenter(described("image")).segment(stepped())
-    with pytest.raises(SettingsError, match="trained without dropout; use uncertainty 'flips'"):
-        segmenter(described()).segment(stepped(), uncertainty="dropout")
-    with pytest.raises(SettingsError, match="dropout or flips, got 'mc'"):
+    model = described()
+    steady = replace(model, model=replace(model.model, dropout=0.0))
+    with pytest.raises(SettingsError, match="was not trained with dropout; use uncertainty 'flips'"):
+        segmenter(steady).segment(stepped(), uncertainty="dropout")
+    with pytest.raises(SettingsError, match="not trained on mirror images, which would mislead it; use .* 'dropout'"):
+        segmenter(replace(model, mirrors=())).segment(stepped(), uncertainty="flips")
+    with pytest.raises(SettingsError, match="trained neither on mirror images nor with dropout"):
+        segmenter(replace(steady, mirrors=())).segment(stepped(), uncertainty="auto")
+    with pytest.raises(SettingsError, match=r"mirrors must lie in 0 to 1, got \(2,\)"):
+        replace(model, mirrors=(2,))
+    with pytest.raises(SettingsError, match="auto, flips or dropout, got 'mc'"):
         segmenter(described()).segment(stepped(), uncertainty="mc")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="every voxel has the value 1"):
         segmenter(described()).segment(Volume(np.ones((2, 8, 8)), np.eye(4)))
