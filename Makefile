@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help setup demo test test-all lint format bench pictures screenshots icon samples train-lite train-fusion \
-	train-text-guided train-spectral evaluate clean
+	train-text-guided train-zero-shot train-spectral evaluate clean
 
 help:
 	@echo "make demo        segment the simulated sample, picture in freqseg-demo/"
@@ -14,6 +14,7 @@ help:
 	@echo "make evaluate    accuracy on the real test sets (../shared/data or FREQSEG_DATA)"
 	@echo "make train-lite  train the lite preset's aligner again"
 	@echo "make train-text-guided  train the text-guided model again"
+	@echo "make train-zero-shot  train the zero-shot path's own modules (after train-lite)"
 	@echo "make train-spectral  train the spectral models"
 	@echo "make train-fusion  train the CT/MR fusion networks again"
 	@echo "make screenshots the panel's pictures in Resources/Screenshots"
@@ -69,6 +70,9 @@ train-fusion: setup
 
 train-text-guided: setup
 	$(BIN)/freqseg train text-guided
+
+train-zero-shot: setup
+	$(BIN)/freqseg train zero-shot --test
 
 train-spectral: setup
 	for config in Resources/Configs/spectral-*.json; do $(BIN)/freqseg train-spectral $$config --data "$${FREQSEG_DATA:-../shared/data}" || exit 1; done

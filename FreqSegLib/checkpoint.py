@@ -6,6 +6,8 @@ the first key at fault and both shapes; nothing is resized, skipped or left at r
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -66,6 +68,66 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
             "choose the model it was saved from, or get the weights again."
         )
     module.load_state_dict({key: state[key].to(value.dtype) for key, value in expected.items()}, assign=True)
+
+
+def save_half(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a module's weights in half precision as safetensors, atomically; equal weights give equal bytes.
+
+    Args:
+        module: its state dict is written; numbers that are not floating point stay as they are.
+        path: the file.
+        metadata: stored beside the weights, like the architecture's configuration as JSON under ``config``.
+    """
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".part")
+    tensors = {
+        key: (tensor.detach().half() if tensor.is_floating_point() else tensor.detach()).contiguous()
+        for key, tensor in module.state_dict().items()
+    }
+    save_file(tensors, temporary, metadata=dict(metadata))
+    _sort_metadata(temporary)
+    temporary.chmod(0o644)
+    os.replace(temporary, path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes a file's metadata in an order that changes from run to run, and with it the checksum."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # only the order changes, so that it fits where it was
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def read_half(path: Path, what: str) -> tuple[dict[str, Any], StateDict]:
+    """Configuration and tensors of a file that :func:`save_half` wrote, the tensors as they are stored.
+
+    Args:
+        path: the file.
+        what: names the weights in the message.
+
+    Raises:
+        WeightsError: the file cannot be read, or has no configuration.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            # copied out of the file, which may then be replaced
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise WeightsError(
+            f"'{path}' holds no {what} weights ({error}); reinstall FreqSeg or train them again."
+        ) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"'{path}' holds no {what} weights; reinstall FreqSeg or train them again.")
+    return config, state
 
 
 def _read(path: Path) -> Any:

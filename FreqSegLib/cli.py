@@ -48,7 +48,7 @@ def _run(arguments: list[str]) -> int:
     from FreqSegLib import cli_fuse, cli_spectral, cli_export, cli_evaluate, cli_evaluate_fusion  # noqa: F401  # isort: skip
     from FreqSegLib import cli_train, cli_train_text_guided, cli_train_fusion, cli_train_spectral, cli_compare_spectral  # noqa: F401  # isort: skip
     from FreqSegLib import cli_ablate, cli_train_baseline  # noqa: F401  # isort: skip
-    from FreqSegLib import cli_train_contrastive, cli_train_pseudo_labels, cli_bands  # noqa: F401  # isort: skip
+    from FreqSegLib import cli_train_contrastive, cli_train_pseudo_labels, cli_train_zero_shot, cli_bands  # noqa: F401  # isort: skip
 
     session = Session()
     with session.interrupts.caught():

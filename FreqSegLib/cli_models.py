@@ -128,7 +128,7 @@ def _weights_of(preset_name: str) -> tuple[str, ...]:
     from FreqSegLib.presets import SAM_CHOICES
 
     preset = PRESETS[preset_name]
-    found = preset.weights if preset.trained is None else (*preset.weights, preset.trained)
+    found = (*preset.weights, *preset.optional)
     return found if preset.encoder == "lite" else tuple(dict.fromkeys((*found, *SAM_CHOICES)))
 
 

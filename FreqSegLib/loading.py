@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from FreqSegLib import weights
 from FreqSegLib.download import file_digest
 from FreqSegLib.errors import SettingsError
-from FreqSegLib.presets import Preset, preset, read_tuning
+from FreqSegLib.presets import Preset, Tuning, preset, read_tuning
 from FreqSegLib.settings import TextSegmentationSettings
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def _lite(
     from FreqSegLib.clip.lite_encoder import LiteEncoder
     from FreqSegLib.clip.mini_lm import MiniLM
     from FreqSegLib.clip.prompts import PromptMatcher
+    from FreqSegLib.interaction.zero_shot_fusion import ZeroShotFusion
+    from FreqSegLib.saliency.amortised import AmortisedBottleneck
     from FreqSegLib.sam.lite_medsam import LiteMedSAM
     from FreqSegLib.text_trained import TrainedMethod
 
@@ -76,6 +78,14 @@ def _lite(
     if weights.find(chosen.trained) is not None:
         folder = weights.require(chosen.trained)
         trained = TrainedMethod.load(folder, _weights_key((chosen.trained,)), text, device)
+    assert chosen.zero_shot is not None
+    fusion, amortised = None, None
+    branch_tuning: dict[str, Tuning] = {}
+    if weights.find(chosen.zero_shot) is not None:
+        folder = weights.require(chosen.zero_shot)
+        fusion = ZeroShotFusion.load(folder / "fusion.safetensors", device)
+        amortised = AmortisedBottleneck.load(folder / "bottleneck.safetensors", device)
+        branch_tuning = read_tuning(folder)
     return kind(
         LiteEncoder(tower, aligner, text),
         tower,
@@ -83,7 +93,10 @@ def _lite(
         weights_key=_weights_key(chosen.weights),
         settings=settings,
         tuning=read_tuning(folders["lite-aligner"]),
+        branch_tuning=branch_tuning,
         matcher=PromptMatcher(text),
+        fusion=fusion,
+        amortised=amortised,
         trained=trained,
         cache=cache,
         device=device,

@@ -40,6 +40,8 @@ class Preset:
         defaults: settings that are None take these.
         licence: of the weights together.
         trained: id of the weights of its trained method, which it can do without; None where there is no such method.
+        zero_shot: id of the trained modules of its zero-shot method (fusion of the frequency branches, amortised
+            bottleneck), which it can do without; None where there are none.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Preset:
     defaults: Mapping[str, Any]
     licence: str
     trained: str | None = None
+    zero_shot: str | None = None
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Ids of weights that it works without."""
+        return tuple(one for one in (self.trained, self.zero_shot) if one is not None)
 
     def complete(self, settings: TextSegmentationSettings, tuning: Tuning | None = None) -> TextSegmentationSettings:
         """Fill every None: the user's value, else the meaning's tuning, else the preset's default."""
@@ -95,6 +103,7 @@ PRESETS: dict[str, Preset] = {
         defaults={**_COMMON, "layer_idx": 3, "beta": 0.1, "contrast": True},
         licence="research, non-commercial (aligner trained on CC BY-NC-SA data); LiteMedSAM and MiniLM Apache-2.0",
         trained="lite-text-guided",
+        zero_shot="lite-zero-shot",
     ),
     "biomedclip-sam": Preset(
         name="biomedclip-sam",

@@ -11,7 +11,7 @@ from FreqSegLib.errors import SettingsError
 Axis = Literal["auto", "axial", "coronal", "sagittal"]
 Branches = Literal["auto", "off", "on"]
 Method = Literal["auto", "trained", "zero-shot"]
-Bottleneck = Literal["m2ib", "nib"]
+Bottleneck = Literal["m2ib", "nib", "amortised"]
 FusionMethod = Literal["adaptive", "simple", "cat_conv"]
 Threshold = Literal["otsu", "kmeans", "fixed"]
 PromptKind = Literal["boxes", "box", "points", "boxes+points"]
@@ -39,7 +39,9 @@ class TextSegmentationSettings:
     wave: str = _option("haar", "Wavelet of the frequency images.")
     levels: int = _option(1, "Wavelet levels J.", least=1, most=8)
     wavelet_mode: str = _option("symmetric", "Wavelet border mode.")
-    bottleneck: Bottleneck | None = _option(None, "Saliency: m2ib (as published) or nib (faster, deterministic).")
+    bottleneck: Bottleneck | None = _option(
+        None, "Saliency: m2ib (as published), nib (faster, deterministic) or amortised (trained)."
+    )
     contrast: bool | None = _option(
         None,
         "Ask what sets the target apart from its absence and its neighbours (off: the plain prompt, as published).",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from FreqSegLib.embedding_cache import EmbeddingCache
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.intensity import Normalised, normalise
 from FreqSegLib.interaction.adaptive_fusion import AdaptiveFusion
+from FreqSegLib.interaction.zero_shot_fusion import ZeroShotFusion
 from FreqSegLib.presets import Preset, Tuning
 from FreqSegLib.progress import CancelCallback, Progress, ProgressCallback, Stage
+from FreqSegLib.saliency.amortised import AmortisedBottleneck, require_amortised
 from FreqSegLib.sam.promptable import PromptableSegmenter
 from FreqSegLib.settings import TextSegmentationSettings
 from FreqSegLib.slices import Frame, SliceStack
@@ -60,7 +63,9 @@ class TextSegmenter:
         settings: TextSegmentationSettings | None = None,
         tuning: dict[str, Tuning] | None = None,
         matcher: PromptMatcher | None = None,
-        fusion: AdaptiveFusion | None = None,
+        fusion: AdaptiveFusion | ZeroShotFusion | None = None,
+        branch_tuning: dict[str, Tuning] | None = None,
+        amortised: AmortisedBottleneck | None = None,
         trained: TrainedMethod | None = None,
         cache: EmbeddingCache | None = None,
         device: torch.device | None = None,
@@ -76,6 +81,9 @@ class TextSegmenter:
             tuning: chosen on validation patients, by meaning.
             matcher: recognises the vocabulary's meanings; needed where the preset has a vocabulary.
             fusion: trained fusion of the frequency branches; identity if left out.
+            branch_tuning: chosen on validation patients for that fusion, by meaning: its setting ``frequency_branches``
+                says what "auto" means there, the others hold where the branches are computed.
+            amortised: trained bottleneck; the setting of that name is refused without it.
             trained: model that draws the coarse mask of the targets it was trained on.
             cache, device: where to keep and compute.
         """
@@ -83,7 +91,8 @@ class TextSegmenter:
         self.settings = settings or TextSegmentationSettings()
         self.tuning = tuning or {}
         self.matcher = matcher
-        self.fusion, self.trained = fusion, trained
+        self.fusion, self.trained, self.amortised = fusion, trained, amortised
+        self.branch_tuning = branch_tuning or {}
         self.cache = cache or EmbeddingCache()
         self.device = device or torch.device("cpu")
         self._weights_key = weights_key
@@ -227,12 +236,29 @@ class TextSegmenter:
             assert self.trained is not None
             tuning = _tuning_for(prompt, self.trained.tuning)
             return TrainedRun(self, prepared, prompt, self.preset.complete(asked, tuning), tuning, progress, cancel)
-        tuning = _tuning_for(prompt, self.tuning)
+        asked, tuning = self._with_branches(prompt, asked, _tuning_for(prompt, self.tuning))
         chosen = self.preset.complete(asked, tuning)
+        if chosen.bottleneck == "amortised":
+            assert chosen.layer_idx is not None
+            assert chosen.beta is not None
+            require_amortised(self.amortised, self.preset.name, chosen.layer_idx, chosen.beta)
         if self._branches(chosen) != prepared.branches:
             prepared.branches = self._branches(chosen)
             self._encode(prepared, chosen, progress, cancel)
         return PromptRun(self, prepared, prompt, chosen, tuning, progress, cancel)
+
+    def _with_branches(
+        self, prompt: MatchedPrompt, asked: TextSegmentationSettings, tuning: Tuning
+    ) -> tuple[TextSegmentationSettings, Tuning]:
+        """What was chosen for the target with its frequency branches, where these are computed."""
+        found = self.branch_tuning.get(prompt.meaning.name) if prompt.meaning else None
+        if found is None or not isinstance(self.fusion, ZeroShotFusion) or asked.fusion != self.fusion.config.method:
+            return asked, tuning
+        if asked.frequency_branches == "auto":
+            asked = replace(asked, frequency_branches=found.settings.get("frequency_branches", "off"))
+        if asked.frequency_branches == "off":
+            return asked, tuning
+        return asked, replace(tuning, settings={**tuning.settings, **found.settings})
 
     def _is_trained(self, prompt: MatchedPrompt, asked: TextSegmentationSettings) -> bool:
         if asked.method == "zero-shot":

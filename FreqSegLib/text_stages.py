@@ -18,8 +18,10 @@ from FreqSegLib.clip.vocabulary import MODALITIES
 from FreqSegLib.device import Batches, default_batch_size
 from FreqSegLib.intensity import Normalised
 from FreqSegLib.interaction.adaptive_fusion import AdaptiveFusion
+from FreqSegLib.interaction.zero_shot_fusion import ZeroShotFusion
 from FreqSegLib.presets import Tuning
 from FreqSegLib.progress import CancelCallback, ProgressCallback, Stage
+from FreqSegLib.saliency.amortised import amortised_information
 from FreqSegLib.saliency.gate import Calibration, Presence, presence
 from FreqSegLib.saliency.m2ib import BottleneckSettings, m2ib_information
 from FreqSegLib.saliency.nib import nib_contribution
@@ -166,21 +168,63 @@ class PromptRun:
         scaled = {branch: self.scaled(values, present) for branch, values in maps.items()}
         raw = scaled["raw"]
         if "low" in scaled:
-            fusion = self.owner.fusion or AdaptiveFusion(self.settings.fusion)
-            if fusion.is_identity:
-                self.warnings.append(
-                    "Frequency branches were computed, but no fusion weights are trained for this preset, so they do "
-                    "not change the result; they can be looked at."
-                )
-            low, high = scaled["low"], scaled["high"]
-            with torch.inference_mode():
-                fused = fusion(*(torch.from_numpy(x).flatten(0, 1)[:, None] for x in (raw, low, high)))
-            raw = fused.view(raw.shape).numpy()
+            raw = self._fused(raw, scaled["low"], scaled["high"], present)
         frame = self.prepared.frame
         mean = _on_slices(raw.mean(1), frame)
         spread = raw if self.doubt is None else self.scaled(self.doubt, present)
         deviation = _on_slices(spread.std(1), frame) if self.settings.uncertainty else None
         return mean, deviation
+
+    def _fused(
+        self, raw: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32], present: Presence
+    ) -> NDArray[np.float32]:
+        """One saliency (S, R, gh, gw) of three; slices that did not pass the gate stay as they are."""
+        fusion, why_not = self._trained_fusion()
+        if fusion is None or fusion.is_identity:
+            self.warnings.append(
+                f"Frequency branches were computed, but no fusion weights are trained for {why_not}, so they do not "
+                "change the result; they can be looked at."
+            )
+            return raw
+        found, replicas = raw.copy(), raw.shape[1]
+        batches = Batches(self.settings.batch_size or default_batch_size(self.owner.device))
+        passed = np.flatnonzero(present.passed.numpy())
+
+        @torch.inference_mode()
+        def work(positions: range) -> NDArray[np.float32]:
+            indices = [int(passed[p]) for p in positions]
+            device = next(fusion.parameters()).device
+            maps = [torch.from_numpy(x[indices]).flatten(0, 1)[:, None].to(device) for x in (raw, low, high)]
+            if isinstance(fusion, AdaptiveFusion):
+                fused = fusion(*maps)
+            else:
+                tokens = [self._tokens_of(branch, indices, replicas).to(device) for branch in ("low", "high")]
+                fused = fusion(*maps, *tokens, self.owner.encoder.token_grid)
+            return fused.cpu().view(len(indices), *raw.shape[1:]).numpy()
+
+        for positions, fused in batches.run(len(passed), work):
+            found[[int(passed[p]) for p in positions]] = fused
+        return found
+
+    def _trained_fusion(self) -> tuple[AdaptiveFusion | ZeroShotFusion | None, str]:
+        """The fusion whose training covers what is asked, else None and what it does not cover."""
+        fusion, s = self.owner.fusion, self.settings
+        if not isinstance(fusion, ZeroShotFusion):
+            return fusion, "this preset"
+        trained = fusion.config
+        if self.prompt.meaning is None or self.prompt.meaning.name not in self.owner.branch_tuning:
+            return None, f"'{self.prompt.text}'"
+        if s.fusion != trained.method:
+            return None, f"fusion '{s.fusion}' (it is '{trained.method}' that is)"
+        for name in ("layer_idx", "wave", "levels", "wavelet_mode"):
+            if getattr(s, name) != getattr(trained, name):
+                return None, f"{name} {getattr(s, name)} (they are for {getattr(trained, name)})"
+        return fusion, "this preset"
+
+    def _tokens_of(self, branch: str, indices: list[int], replicas: int) -> Tensor:
+        """A branch's tokens (len(indices) * replicas, N, width), without a class token."""
+        tokens = torch.stack([self.owner.tokens(self.prepared, self.settings, branch, i) for i in indices])
+        return tokens[:, self.owner.encoder.num_prefix_tokens :].repeat_interleave(replicas, 0)
 
     def scaled(self, maps: NDArray[np.float32], present: Presence) -> NDArray[np.float32]:
         """Saliency in the bottleneck's own unit, brought to [0, 1] over the volume."""
@@ -338,6 +382,11 @@ class PromptRun:
 
         repeated = tokens.repeat_interleave(replicas, 0)
         texts = text.to(tokens.device).expand(len(repeated), -1)
+        if bottleneck == "amortised":
+            assert self.owner.amortised is not None
+            assert s.beta is not None
+            found = amortised_information(self.owner.amortised, repeated[:, encoder.num_prefix_tokens :], texts, s.beta)
+            return found.view(len(indices), replicas, *encoder.token_grid).cpu().numpy().astype(np.float32)
         if bottleneck == "nib":
             found = nib_contribution(suffix, repeated, texts)
         else:

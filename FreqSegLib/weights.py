@@ -581,6 +581,7 @@ def _status(entry: WeightSet) -> Status:
 _TRAINED_BY = {
     "lite-aligner": "train-lite",
     "lite-text-guided": "train-text-guided",
+    "lite-zero-shot": "train-zero-shot",
     "fusion-single-scale": "train-fusion",
     "fusion-multi-scale": "train-fusion",
     "spectral-hippocampus": "train-spectral",
@@ -744,6 +745,14 @@ _SETS = (
         "research, non-commercial",
         "",
         "Shipped with FreqSeg; its model card lies beside it. Without it the lite preset works zero-shot.",
+    ),
+    WeightSet(
+        "lite-zero-shot",
+        "Frequency fusion and amortised bottleneck of the lite preset (trained for FreqSeg)",
+        (WeightFile("fusion.safetensors", None, None), WeightFile("bottleneck.safetensors", None, None)),
+        "research, non-commercial",
+        "",
+        "Shipped with FreqSeg; its model card lies beside it. Without it the lite preset works on the raw image alone.",
     ),
     WeightSet(
         "fusion-single-scale",

@@ -73,8 +73,7 @@ def weights_of(preset: str) -> tuple[str, ...]:
     """What a preset takes, with the choices it offers."""
     found = PRESETS[preset]
     choices = () if found.encoder == "lite" else SAM_CHOICES
-    trained = (found.trained,) if found.trained else ()
-    return tuple(dict.fromkeys((*found.weights, *trained, *choices)))
+    return tuple(dict.fromkeys((*found.weights, *found.optional, *choices)))
 
 
 def answer_info() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly
+from FreqSegLib.checkpoint import load_exactly, save_half
 from FreqSegLib.errors import WeightsError
 
 
@@ -99,13 +99,7 @@ class Aligner(nn.Module):
 
     def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the weights in half precision with their configuration, atomically."""
-        from safetensors.torch import save_file
-
-        temporary = path.with_name(path.name + ".part")
-        tensors = {key: tensor.detach().half().contiguous() for key, tensor in self.state_dict().items()}
-        save_file(tensors, temporary, metadata={"config": json.dumps(asdict(self.config)), **(metadata or {})})
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        save_half(self, path, {"config": json.dumps(asdict(self.config)), **(metadata or {})})
 
     @classmethod
     def load(cls, path: Path, device: str | torch.device = "cpu") -> Aligner:

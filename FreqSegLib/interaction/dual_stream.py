@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly
+from FreqSegLib.checkpoint import load_exactly, save_half
 from FreqSegLib.errors import InputError, SettingsError, WeightsError
 from FreqSegLib.interaction.dual_decoder import EdgeRefinement, Fusion, FusionHead, StreamDecoder
 from FreqSegLib.interaction.feature_normaliser import FeatureNormaliser, Normaliser
@@ -268,16 +268,7 @@ class DualStreamModel(nn.Module):
 
     def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write the weights in half precision with their configuration, atomically."""
-        from safetensors.torch import save_file
-
-        temporary = path.with_name(path.name + ".part")
-        tensors = {
-            key: (tensor.detach().half() if tensor.is_floating_point() else tensor.detach()).contiguous()
-            for key, tensor in self.state_dict().items()
-        }
-        save_file(tensors, temporary, metadata={"config": json.dumps(asdict(self.config)), **(metadata or {})})
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        save_half(self, path, {"config": json.dumps(asdict(self.config)), **(metadata or {})})
 
     @classmethod
     def load(cls, path: Path, device: str | torch.device = "cpu") -> DualStreamModel:

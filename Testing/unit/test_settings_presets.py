@@ -18,7 +18,7 @@ from FreqSegLib.settings import TextSegmentationSettings
     ("given", "said"),
     [
         ({"axis": "oblique"}, "axis must be one of auto, axial, coronal, sagittal, got 'oblique'"),
-        ({"bottleneck": "M2IB"}, "bottleneck must be one of m2ib, nib, got 'M2IB'"),
+        ({"bottleneck": "M2IB"}, "bottleneck must be one of m2ib, nib, amortised, got 'M2IB'"),
         ({"vote": "majority"}, "vote must be one of single, best, mrm, staple, mean, got 'majority'"),
         ({"threshold_value": 1.5}, "threshold_value must lie in 0.0 to 1.0, got 1.5"),
         ({"beta": float("nan")}, "beta must lie in 0.0 to 100.0, got nan"),

@@ -246,7 +246,7 @@ def test_forms_and_settings_that_do_not_fit_are_named() -> None:
     steady = replace(model, model=replace(model.model, dropout=0.0))
     with pytest.raises(SettingsError, match="was not trained with dropout; use uncertainty 'flips'"):
         segmenter(steady).segment(stepped(), uncertainty="dropout")
-    with pytest.raises(SettingsError, match="not trained on mirror images, which would mislead it; use .* 'dropout'"):
+    with pytest.raises(SettingsError, match=r"not trained on mirror images, which would mislead it; use .* 'dropout'"):
         segmenter(replace(model, mirrors=())).segment(stepped(), uncertainty="flips")
     with pytest.raises(SettingsError, match="trained neither on mirror images nor with dropout"):
         segmenter(replace(steady, mirrors=())).segment(stepped(), uncertainty="auto")

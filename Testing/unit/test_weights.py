@@ -454,7 +454,7 @@ def test_a_wrong_wheel_falls_back_to_the_official_home_and_is_named_when_that_fa
 def test_the_catalogue_is_complete_and_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     known = weights.catalogue()
-    trained_here = "lite-aligner lite-text-guided fusion-single-scale fusion-multi-scale"
+    trained_here = "lite-aligner lite-text-guided lite-zero-shot fusion-single-scale fusion-multi-scale"
     spectral = "spectral-hippocampus spectral-lungs spectral-glioma"
     fetched = "biomedclip sam-vit-b sam-vit-l sam-vit-h medsam-vit-b"
     assert list(known) == f"litemedsam minilm {trained_here} {spectral} {fetched}".split()
