@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from FreqSegLib.errors import WeightsError
+from FreqSegLib.errors import SettingsError, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 StateDict = dict[str, "Tensor"]
+Module = TypeVar("Module", bound="nn.Module")
 
 _NESTS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -128,6 +129,26 @@ def read_half(path: Path, what: str) -> tuple[dict[str, Any], StateDict]:
     if not isinstance(config, dict):
         raise WeightsError(f"'{path}' holds no {what} weights; reinstall FreqSeg or train them again.")
     return config, state
+
+
+def module_of(path: Path, what: str, build: Callable[[dict[str, Any]], Module]) -> Module:
+    """A module that :func:`save_half` wrote, as float32, frozen, in evaluation mode.
+
+    Args:
+        path: the file.
+        what: names the weights in the message.
+        build: makes the module of its configuration.
+
+    Raises:
+        WeightsError: unreadable, or tensors that do not fit (key and shapes are named).
+    """
+    config, state = read_half(path, what)
+    try:
+        module = build(config)
+    except (TypeError, SettingsError) as error:
+        raise WeightsError(f"'{path}' holds no {what} weights ({error}); reinstall FreqSeg.") from error
+    load_exactly(module, state, path)
+    return module.requires_grad_(False).eval()
 
 
 def _read(path: Path) -> Any:

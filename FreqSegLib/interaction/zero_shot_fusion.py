@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly, read_half, save_half
-from FreqSegLib.errors import InputError, SettingsError, WeightsError
+from FreqSegLib.checkpoint import module_of, save_half
+from FreqSegLib.errors import InputError, SettingsError
 from FreqSegLib.interaction.adaptive_fusion import AdaptiveFusion
 from FreqSegLib.interaction.ffbi import FFBI, EfficientFFBI, SaliencyInteraction
 
@@ -131,13 +131,7 @@ class ZeroShotFusion(nn.Module):
         Raises:
             WeightsError: unreadable, or tensors that do not fit (key and shapes are named).
         """
-        config, state = read_half(path, "fusion")
-        try:
-            model = cls(ZeroShotFusionConfig(**config))
-        except (TypeError, SettingsError) as error:
-            raise WeightsError(f"'{path}' holds no fusion weights ({error}); reinstall FreqSeg.") from error
-        load_exactly(model, state, path)
-        return model.requires_grad_(False).eval().to(device)
+        return module_of(path, "fusion", lambda config: cls(ZeroShotFusionConfig(**config))).to(device)
 
 
 class _Apart(nn.Module):

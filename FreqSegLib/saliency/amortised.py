@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly, read_half, save_half
-from FreqSegLib.errors import SettingsError, WeightsError
+from FreqSegLib.checkpoint import module_of, save_half
+from FreqSegLib.errors import SettingsError
 from FreqSegLib.saliency.m2ib import INITIAL_ALPHA, gaussian_divergence
 
 LARGEST_ALPHA = 9.0
@@ -101,13 +101,7 @@ class AmortisedBottleneck(nn.Module):
         Raises:
             WeightsError: unreadable, or tensors that do not fit (key and shapes are named).
         """
-        config, state = read_half(path, "bottleneck")
-        try:
-            model = cls(AmortisedConfig(**config))
-        except TypeError as error:
-            raise WeightsError(f"'{path}' holds no bottleneck weights ({error}); reinstall FreqSeg.") from error
-        load_exactly(model, state, path)
-        return model.requires_grad_(False).eval().to(device)
+        return module_of(path, "bottleneck", lambda config: cls(AmortisedConfig(**config))).to(device)
 
 
 def amortised_information(model: AmortisedBottleneck, tokens: Tensor, texts: Tensor, beta: float) -> Tensor:

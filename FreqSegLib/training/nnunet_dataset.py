@@ -22,7 +22,7 @@ LARGEST_GREY = 65535
 
 @dataclass(frozen=True)
 class RawDataset:
-    """``nnUNet_raw/DatasetXXX_NAME``.
+    """A dataset as nnU-Net v2 wants it, such as ``nnUNet_raw/Dataset501_Breast``.
 
     Attributes:
         folder: of the dataset.

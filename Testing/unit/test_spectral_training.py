@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from two_processes import run_twice
 
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
 from FreqSegLib.mamba.model_config import SpectralModel, read_config
@@ -188,31 +188,14 @@ def test_two_processes_average_their_gradients(images: Path, project_root: Path,
         "model": {"dropout": 0.0},
     }
     config = configuration(images, **changes)
-    # as torchrun starts them
     code = (
         "import sys\nfrom pathlib import Path\n"
         "from FreqSegLib.training.spectral_recipe import train_spectral\n"
-        "train_spectral(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), device='cpu')\n"
+        f"train_spectral(Path({str(config)!r}), Path(sys.argv[1]), Path(sys.argv[1]) / 'models', device='cpu')\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(config), str(tmp_path), str(tmp_path / "models")],
-            cwd=project_root,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [child.communicate(timeout=500) for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs[0][1][-1500:] + outputs[1][1][-1500:]
-    assert "score" in outputs[0][0]
-    assert outputs[1][0] == ""
+    first, second = run_twice(code, tmp_path, project_root)
+    assert "score" in first
+    assert second == ""
 
     runs = [SpectralTraining(recipe(images, **changes), images, tmp_path, rank=rank, world=1) for rank in range(2)]
     halves = [

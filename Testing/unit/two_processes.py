@@ -11,8 +11,12 @@ from pathlib import Path
 PATIENCE = 400.0
 
 
-def run_twice(script: str, result: Path, root: Path) -> None:
-    """Both must end well; each gets ``result`` and the tests' folder as arguments, and works in ``root``."""
+def run_twice(script: str, result: Path, root: Path) -> list[str]:
+    """Both must end well; each gets ``result`` and the tests' folder as arguments, and works in ``root``.
+
+    Returns:
+        What each printed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -28,5 +32,6 @@ def run_twice(script: str, result: Path, root: Path) -> None:
         )
         for rank in range(2)
     ]
-    told = [child.communicate(timeout=PATIENCE)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], told
+    told = [child.communicate(timeout=PATIENCE) for child in children]
+    assert [child.returncode for child in children] == [0, 0], [trouble for _, trouble in told]
+    return [printed for printed, _ in told]
