@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
+from threading import Barrier
 from typing import TYPE_CHECKING, TypeVar
 
 from FreqSegLib.errors import DeviceError
@@ -131,6 +134,67 @@ class MeasuredBatches(Batches):
             self._settled = True
         else:
             self.batch_size = 2 * size
+
+
+class SideBySide:
+    """CPU threads that share a batch, each computing its slices alone.
+
+    A network of few channels gains little from several threads within one convolution: two threads on a slice each were
+    1.6 to 2.3 times as fast as two threads on one slice (the fusion networks, 256 and 512 pixels). On a GPU the batch
+    stays whole.
+
+    Example:
+        >>> with SideBySide(device) as threads:
+        ...     parts = threads.run(lambda start, stop: network(images[start:stop]), len(images))
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> SideBySide:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def run(self, work: Callable[[int, int], Result], count: int) -> list[Result]:
+        """``work(start, stop)`` for even parts of ``count`` items, one part a thread; the results in order.
+
+        Raises:
+            Exception: what ``work`` raised first, once all parts are done.
+        """
+        parts = min(self.count, count)
+        if parts <= 1:
+            return [work(0, count)]
+        cuts = [count * part // parts for part in range(parts + 1)]
+        waiting = [self._threads().submit(work, start, stop) for start, stop in pairwise(cuts)]
+        wait(waiting)
+        return [one.result() for one in waiting]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        import torch
+
+        if self._pool is None:
+            everyone = Barrier(self.count + 1)
+
+            def alone() -> None:
+                # asking makes the thread take its number; without it the first operation would, and undo what is set
+                torch.get_num_threads()
+                torch.set_num_threads(1)
+                everyone.wait()
+
+            self._pool = ThreadPoolExecutor(self.count, "freqseg", initializer=alone)
+            for _ in range(self.count):
+                # a thread that still waits at the barrier is not idle, so every one of these starts another
+                self._pool.submit(int)
+            everyone.wait()
+            # torch keeps a number for each thread and one for those to come, which the new threads have just changed
+            torch.set_num_threads(self.count)
+        return self._pool
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -169,13 +169,15 @@ class VolumeFuser:
         self, method: FusionMethod, settings: FusionSettings | None = None, *, device: torch.device | None = None
     ) -> None:
         """Args:
-        method: fuses (B, 1, H, W) tensors in [0, 1].
+        method: fuses (B, 1, H, W) tensors in [0, 1]; on a CPU several threads call it at once.
         settings: everything else; ``method``, ``wave`` and ``levels`` are only recorded.
         device: where the tensors go; the CPU if left out.
         """
         import torch
 
-        self.method = method
+        from FreqSegLib.fusion.network import FusionNetwork
+
+        self.method = method.for_inference() if isinstance(method, FusionNetwork) else method
         self.settings = settings or FusionSettings()
         self.device = device or torch.device("cpu")
         self._batches: dict[tuple[int, int], Batches] = {}
@@ -305,6 +307,8 @@ class VolumeFuser:
         self, pair: Pair, keep_masks: bool, progress: ProgressCallback | None, cancel: CancelCallback | None
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]], float]:
         """Fused voxels and masks in the CT's layout, and the share of voxels with an MR."""
+        from FreqSegLib.device import SideBySide
+
         stack = pair.stack
         fused = stack.empty(np.float32)
         shares: dict[str, NDArray[np.uint8]] = {}
@@ -312,23 +316,27 @@ class VolumeFuser:
         # what was measured on one volume holds for the next of this size
         batches = self._batches.setdefault(stack.slice_shape, self._new_batches())
 
-        def work(indices: range) -> tuple[NDArray[np.float32], dict[str, NDArray[np.uint8]], int]:
+        threads = SideBySide(self.device)
+
+        def work(indices: range) -> int:
             ct, mr, there = pair.filled(indices)
-            found = self.fuse_slices(ct, mr)
-            image = found.image[:, 0].float().clamp(0, 1).mul_(WHITE).cpu().numpy()
-            shares = _shares(found, stack.slice_shape, getattr(self.method, "wave", None)) if keep_masks else {}
-            return image, shares, there
+
+            def part(start: int, stop: int) -> None:
+                place = slice(indices.start + start, indices.start + stop)
+                found = self.fuse_slices(ct[start:stop], mr[start:stop])
+                stack.displayed(fused)[place] = found.image[:, 0].float().clamp(0, 1).mul_(WHITE).cpu().numpy()
+                if keep_masks:
+                    for name, values in _shares(found, stack.slice_shape, getattr(self.method, "wave", None)).items():
+                        stack.displayed(shares.setdefault(name, stack.empty(np.uint8)))[place] = values
+
+            threads.run(part, len(indices))
+            return there
 
         stage = Stage("Fusing", stack.count, progress, cancel)
-        for indices, (image, found, count) in batches.run(stack.count, work):
-            covered += count
-            place = slice(indices.start, indices.stop)
-            stack.displayed(fused)[place] = image
-            for name, values in found.items():
-                if name not in shares:
-                    shares[name] = stack.empty(np.uint8)
-                stack.displayed(shares[name])[place] = values
-            stage.advance(indices.stop)
+        with threads:
+            for indices, count in batches.run(stack.count, work):
+                covered += count
+                stage.advance(indices.stop)
         return fused, shares, covered / fused.size
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from FreqSegLib.device import Batches, default_batch_size, resolve_device
+from FreqSegLib.device import Batches, SideBySide, default_batch_size, resolve_device
 from FreqSegLib.errors import DeviceError
 
 
@@ -138,3 +142,58 @@ def test_an_error_of_the_consumer_is_not_taken_for_one_of_the_work() -> None:
 def test_nothing_to_do_is_done() -> None:
     assert list(Batches(0).run(0, Memory(1))) == []
     assert [items for _, items in Batches(0).run(2, Memory(1))] == [[0], [1]]
+
+
+@pytest.fixture
+def three_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+def test_side_by_side_every_item_is_done_once_and_in_order(three_threads: int, count: int) -> None:
+    with SideBySide(torch.device("cpu")) as threads:
+        parts = threads.run(lambda start, stop: list(range(start, stop)), count)
+    assert [item for part in parts for item in part] == list(range(count))
+    assert len(parts) == min(three_threads, count)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_side_by_side_each_thread_computes_alone_and_torch_keeps_its_number(three_threads: int) -> None:
+    def work(start: int, stop: int) -> tuple[int, str]:
+        # the first operation of a thread is where torch would give it the usual number
+        torch.ones(1 << 16).sum()
+        return torch.get_num_threads(), threading.current_thread().name
+
+    with SideBySide(torch.device("cpu")) as threads:
+        found = threads.run(work, 3)
+        assert torch.get_num_threads() == three_threads
+    assert [number for number, _ in found] == [1, 1, 1]
+    assert threading.current_thread().name not in {name for _, name in found}
+    later: list[int] = []
+    another = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    another.start()
+    another.join()
+    assert later == [three_threads]
+    assert not any(thread.name.startswith("freqseg") for thread in threading.enumerate())
+
+
+def test_side_by_side_the_first_error_is_raised_when_all_parts_are_done(three_threads: int) -> None:
+    done: list[int] = []
+
+    def work(start: int, stop: int) -> None:
+        if start == 0:
+            raise ValueError("first")
+        time.sleep(0.05)
+        done.append(start)
+
+    with SideBySide(torch.device("cpu")) as threads, pytest.raises(ValueError, match="first"):
+        threads.run(work, 3)
+    assert sorted(done) == [1, 2]
+
+
+def test_on_a_gpu_a_batch_stays_whole() -> None:
+    with SideBySide(torch.device("cuda")) as threads:
+        assert threads.run(lambda start, stop: (start, stop), 5) == [(0, 5)]

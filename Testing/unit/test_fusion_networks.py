@@ -16,7 +16,7 @@ from FreqSegLib.fusion import fusion_method
 from FreqSegLib.fusion.attention import ChannelAttention, SpatialAttention
 from FreqSegLib.fusion.frequency_importance import FrequencyImportance, GlobalController
 from FreqSegLib.fusion.multi_scale import MultiScaleWaveletFusionNet
-from FreqSegLib.fusion.network import SHARPNESS, WEIGHTS_FILE, FusionNetwork
+from FreqSegLib.fusion.network import SHARPNESS, WEIGHTS_FILE, FusionNetwork, _around
 from FreqSegLib.fusion.pyramid import decompose
 from FreqSegLib.fusion.rules import ChooseMax
 from FreqSegLib.fusion.single_scale import WaveletFusionNet
@@ -149,6 +149,28 @@ def test_each_slice_of_a_batch_is_fused_as_if_alone(kind: str) -> None:
         together = network(ct, mr).image
         alone = torch.cat([network(ct[i : i + 1], mr[i : i + 1]).image for i in range(3)])
     assert (together - alone).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_batch_norms_changes_nothing_and_leaves_the_network_as_it_was(kind: str) -> None:
+    network = stirred(build(kind, "db4", 2))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    folded = network.for_inference()
+    ct, mr = pair()
+    with torch.no_grad():
+        assert (folded(ct, mr).image - network(ct, mr).image).abs().max() < 1e-5
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("shape", [(2, 1, 9, 14), (1, 1, 2, 11), (1, 1, 1, 1)])
+def test_the_range_around_a_pixel_is_that_of_pooling(side: int, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    window = nn.MaxPool2d(side, 1, side // 2)
+    assert torch.equal(_around(x, side, 1), window(x))
+    assert torch.equal(_around(x, side, -1), -window(-x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
