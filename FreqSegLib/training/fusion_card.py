@@ -44,6 +44,9 @@ def _card(r: dict[str, Any]) -> str:
         if recipe["halo_limit"]
         else ""
     )
+    command = (
+        f"`{r['command']}`" if r["command"] else "`FreqSegLib.training.fusion_recipe.train_fusion` with this recipe"
+    )
     return f"""# fusion-{network}
 
 {_NETWORKS[network]}: {recipe["wave"]}, {recipe["levels"]} level(s), {r["parameters"]:,} parameters{limit}.
@@ -54,7 +57,7 @@ Fuses a registered CT (windowed to [0, 1]) and MR (normalised to [0, 1]). For re
   {_list(patients["train"])} ({slices["train"]} slices), everything chosen on {_list(patients["validation"])} ({slices["validation"]} slices), {_list(patients["test"])} kept for the test.
 - **Trained on** {disclosed}; {"whole slices" if not recipe["crop"] else f"{recipe['crop']}-pixel crops"} with flips, batch {recipe["batch_size"]},
   {"AdamW" if recipe["weight_decay"] else "Adam"} {recipe["learning_rate"]:g} ({recipe["rate"]}), at most {recipe["epochs"]} epochs; best validation score at step {int(best["step"])}; seed {recipe["seed"]}.
-- **Command**: `make train-fusion` (`freqseg train-fusion --network {network}{" --test" if "test" in r else ""}`; images at `../shared/data` or `FREQSEG_DATA`).
+- **Command**: {command} (images at `../shared/data` or `FREQSEG_DATA`).
 - **Time**: {best["seconds"] / 60:.0f} min on {r["threads"]} CPU thread(s) of a machine shared with other work; no GPU.
 
 Metrics as in `FreqSegLib/evaluation/fusion_metrics.py` (EN and MI in bits, SD, SF and overshoot in grey levels, MI and VIF

@@ -139,6 +139,24 @@ def recipe_for(network: str, name: str) -> FusionRecipe:
     )
 
 
+OPTIONS = ("wave", "levels", "epochs", "seed")
+"""Fields of a recipe that the command line can change."""
+
+
+def command_for(recipe: FusionRecipe, *, test: bool = False) -> str | None:
+    """The command line that trains a recipe; None where no named recipe with other options is the same."""
+    for name in ("shipped", *RECIPES):
+        named = recipe_for(recipe.network, name)
+        chosen = {key: getattr(recipe, key) for key in OPTIONS}
+        if replace(named, **chosen) != recipe:
+            continue
+        words = ["freqseg train-fusion --network", recipe.network]
+        words += [] if name == "shipped" else ["--recipe", name]
+        words += [f"--{key} {value}" for key, value in chosen.items() if value != getattr(named, key)]
+        return " ".join([*words, *(["--test"] if test else [])])
+    return None
+
+
 def build_network(recipe: FusionRecipe) -> FusionNetwork:
     """The network that a recipe starts from, by its seed."""
     with torch.random.fork_rng(devices=[]):
@@ -346,6 +364,7 @@ def train_fusion(
         pairs = read_pairs(data, "test")
         results["test"] = {recipe.network: table_of(network, pairs), **baseline_table(pairs)}
         results["slices"]["test"] = len(pairs)
+    results["command"] = command_for(recipe, test=test)
     report(f"{time.monotonic() - started:.0f} s in this call")
     write_text(work / "results.json", json.dumps(results, indent=1))
     write_card(folder / "README.md", results)

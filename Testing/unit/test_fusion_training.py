@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,10 @@ from FreqSegLib.training.fusion_recipe import (
     FusionRecipe,
     FusionTask,
     build_network,
+    command_for,
     learning_rate,
     phase_of,
+    recipe_for,
     train_fusion,
     train_network,
 )
@@ -247,6 +250,23 @@ def test_wavelets_are_compared_by_the_one_score(data: Path, tmp_path: Path) -> N
     assert rows[0]["score"] >= rows[1]["score"]
     with (tmp_path / "sweep" / "wavelets.csv").open(encoding="utf-8") as file:
         assert [row["wave"] for row in csv.DictReader(file)] == [row["wave"] for row in rows]
+
+
+@pytest.mark.parametrize("network", ["single-scale", "multi-scale"])
+@pytest.mark.parametrize("name", ["shipped", *RECIPES])
+@pytest.mark.parametrize("changes", [{}, {"wave": "coif2", "epochs": 3}, {"levels": 3, "seed": 7}])
+def test_the_command_on_a_card_asks_for_the_very_recipe(network: str, name: str, changes: dict[str, Any]) -> None:
+    recipe = replace(recipe_for(network, name), **changes)
+    command = command_for(recipe, test=True)
+    assert command is not None
+    words = command.removeprefix("freqseg train-fusion ").removesuffix(" --test").split()
+    given = dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    asked = recipe_for(given.pop("network"), given.pop("recipe", "shipped"))
+    assert replace(asked, **{key: type(getattr(asked, key))(value) for key, value in given.items()}) == recipe
+
+
+def test_a_recipe_of_ones_own_has_no_command() -> None:
+    assert command_for(TINY) is None
 
 
 def test_unknown_recipes_are_refused() -> None:
