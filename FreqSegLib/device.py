@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from threading import Barrier
 from typing import TYPE_CHECKING, TypeVar
@@ -14,6 +16,7 @@ from FreqSegLib.errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # CUDA; torch's CPU allocator on Linux and macOS, and on Windows; cuBLAS and cuDNN
@@ -137,11 +140,10 @@ class MeasuredBatches(Batches):
 
 
 class SideBySide:
-    """CPU threads that share a batch, each computing its slices alone.
+    """CPU threads that compute with one core each, side by side.
 
-    A network of few channels gains little from several threads within one convolution: two threads on a slice each were
-    1.6 to 2.3 times as fast as two threads on one slice (the fusion networks, 256 and 512 pixels). On a GPU the batch
-    stays whole.
+    Operations on small tensors gain little from several threads within one: two threads on a slice each were 1.6 to 2.3
+    times as fast as two threads on one slice (the fusion networks, 256 and 512 pixels). On a GPU work stays whole.
 
     Example:
         >>> with SideBySide(device) as threads:
@@ -167,13 +169,32 @@ class SideBySide:
         Raises:
             Exception: what ``work`` raised first, once all parts are done.
         """
-        parts = min(self.count, count)
-        if parts <= 1:
-            return [work(0, count)]
+        parts = max(1, min(self.count, count))
         cuts = [count * part // parts for part in range(parts + 1)]
-        waiting = [self._threads().submit(work, start, stop) for start, stop in pairwise(cuts)]
-        wait(waiting)
-        return [one.result() for one in waiting]
+        return list(self.map(lambda cut: work(*cut), list(pairwise(cuts))))
+
+    def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """``work(item)`` for every item, in order; a few are computed ahead.
+
+        Threads know nothing of the caller's gradient or inference mode: without one, gradients are recorded.
+
+        Raises:
+            Exception: what ``work`` raised, once nothing is computed any more.
+        """
+        if min(self.count, len(items)) <= 1:
+            yield from map(work, items)
+            return
+        pool = self._threads()
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * self.count:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            wait(ahead)
 
     def _threads(self) -> ThreadPoolExecutor:
         import torch
@@ -195,6 +216,22 @@ class SideBySide:
             # torch keeps a number for each thread and one for those to come, which the new threads have just changed
             torch.set_num_threads(self.count)
         return self._pool
+
+
+def lasting_threads(device: torch.device) -> SideBySide:
+    """Threads that stay for the next call, for work of milliseconds; new ones after a fork or another thread number."""
+    threads = SideBySide(device)
+    if threads.count == 1:
+        # a thread that computes alone may itself be one of those
+        return threads
+    key = (os.getpid(), threads.count)
+    if key not in _LASTING:
+        _LASTING.clear()
+        _LASTING[key] = threads
+    return _LASTING[key]
+
+
+_LASTING: dict[tuple[int, int], SideBySide] = {}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ is cut into chunks. All chunks step at once, first from zero to find what each a
 joined in log2(chunks) doublings, then all chunks step again from their true start. Every factor is a product of
 ``exp(delta A)``, at most 1: nothing is divided and no ratio of cumulative products is taken, so nothing overflows. The
 backward pass does the same the other way round, from the chunks' saved starts: no state is kept between the passes.
+On a CPU every thread works on blocks of channels of its own.
 
 On CUDA the same is one Triton kernel (``selective_scan_triton``). Both are torch operators (``torch.ops.freqseg``), so
 ``torch.compile`` takes them as they are.
@@ -18,19 +19,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from threading import local
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from FreqSegLib.device import lasting_threads
 from FreqSegLib.errors import DeviceError, InputError, SettingsError
 
+Result = TypeVar("Result")
 Backend = Literal["auto", "torch", "triton", "mamba_ssm"]
 
 LONGEST_CHUNK = 64
-# States that are worked on at once: small enough for a CPU's caches, large enough to fill its vector units and threads.
+# States that are worked on at once, by each thread: small enough for a CPU's caches, large enough for its vector units.
 BLOCK_STATES = {"cpu": 2**21, "cuda": 2**27}
+# Blocks smaller than this are not worth handing to another thread.
+FEWEST_STATES = 2**16
 FEWEST_CHANNELS = 16
 
 
@@ -298,11 +304,30 @@ class _Problem:
         self.u_index = group // self.groups * self.u_groups + self.group % self.u_groups
         self.reversed = self.group >= first_reversed
         self.any_reversed = first_reversed < self.groups
-        self._memory: dict[str, Tensor] = {}
+        self.threads = lasting_threads(u.device)
+        self._memory = local()
+
+    def results(self, work: Callable[[slice, slice], Result]) -> Iterator[tuple[slice, slice, Result]]:
+        """Groups and channels of each block, and what ``work`` makes of them; a CPU's threads take a block each.
+
+        What blocks share is summed by whoever takes the results, which come in order: the sums are the same every time.
+        """
+        infers = torch.is_inference_mode_enabled()
+
+        def alone(block: tuple[slice, slice]) -> Result:
+            with torch.inference_mode(infers), torch.no_grad(), torch.autocast(self.u.device.type, enabled=False):
+                return work(*block)
+
+        blocks = list(self.blocks())
+        for (groups, channels), found in zip(blocks, self.threads.map(alone, blocks), strict=True):
+            yield groups, channels, found
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Groups and channels of each block."""
         budget = BLOCK_STATES.get(self.delta.device.type, BLOCK_STATES["cuda"])
+        if self.threads.count > 1:
+            whole = self.batch * self.channels * self.chunks * self.steps * self.states
+            budget = min(budget, max(FEWEST_STATES, whole // self.threads.count))
         per_channel = self.chunks * self.steps * self.states
         channels = min(self.width, max(FEWEST_CHANNELS, budget // per_channel))
         # blocks of equal size, so that none is a small rest
@@ -341,15 +366,16 @@ class _Problem:
         return self.laid_out(u, groups), self.laid_out(delta, groups), A
 
     def product(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """x y, broadcast, in memory that the next block's product of this name will reuse.
+        """x y, broadcast, in memory that this thread's next product of this name will reuse.
 
         Fresh memory for every block would cost a CPU as much as the multiplication.
         """
         shape = torch.broadcast_shapes(x.shape, y.shape)
         count = math.prod(shape)
-        kept = self._memory.get(name)
+        kept = getattr(self._memory, name, None)
         if kept is None or kept.numel() < count:
-            kept = self._memory[name] = x.new_empty(count)
+            kept = x.new_empty(count)
+            setattr(self._memory, name, kept)
         return torch.mul(x, y, out=kept[:count].view(shape))
 
     def raw_steps(self, groups: slice, channels: slice) -> Tensor:
@@ -373,20 +399,22 @@ def _forward(
     problem = _Problem(u, delta, A, B, C, delta_bias, delta_softplus, first_reversed)
     y = torch.empty_like(problem.delta)
     starts = delta.new_empty(problem.batch * problem.groups, problem.chunks, problem.states, problem.width)
-    with torch.autocast(u.device.type, enabled=False):
-        for groups, channels in problem.blocks():
-            u_, dt, A_ = problem.inputs(groups, channels)
-            B_, C_ = (problem.laid_out(x[groups], groups) for x in (problem.B, problem.C))
-            a = problem.product("a", dt.unsqueeze(3), A_).exp_()
-            h = problem.product("h", (dt * u_).unsqueeze(3), B_.unsqueeze(4))
-            end = h[0]
-            for t in range(1, problem.steps):
-                end = torch.addcmul(h[t], a[t], end)
-            start = _starts(end, torch.exp(dt.sum(0).unsqueeze(2) * A_))
-            starts[groups, ..., channels] = start
-            _step_through(h, a, start)
-            out = torch.matmul(C_.unsqueeze(3), h).squeeze(3)
-            y[groups, channels] = problem.laid_back(out, groups)
+
+    def work(groups: slice, channels: slice) -> tuple[Tensor, Tensor]:
+        u_, dt, A_ = problem.inputs(groups, channels)
+        B_, C_ = (problem.laid_out(x[groups], groups) for x in (problem.B, problem.C))
+        a = problem.product("a", dt.unsqueeze(3), A_).exp_()
+        h = problem.product("h", (dt * u_).unsqueeze(3), B_.unsqueeze(4))
+        end = h[0]
+        for t in range(1, problem.steps):
+            end = torch.addcmul(h[t], a[t], end)
+        start = _starts(end, torch.exp(dt.sum(0).unsqueeze(2) * A_))
+        _step_through(h, a, start)
+        out = torch.matmul(C_.unsqueeze(3), h).squeeze(3)
+        return problem.laid_back(out, groups), start
+
+    for groups, channels, (out, start) in problem.results(work):
+        y[groups, channels], starts[groups, ..., channels] = out, start
     y = y.view(delta.shape)
     if D is not None:
         y += D[:, None] * _repeat_groups(u, delta.shape[1])
@@ -420,44 +448,40 @@ def _backward(
     grad_delta = torch.empty_like(problem.delta)
     grad_A = torch.zeros_like(problem.A)
     grad_B, grad_C = torch.zeros_like(problem.B), torch.zeros_like(problem.C)
-    with torch.autocast(u.device.type, enabled=False):
-        for groups, channels in problem.blocks():
-            u_, dt, A_ = problem.inputs(groups, channels)
-            B_, C_ = (problem.laid_out(x[groups], groups) for x in (problem.B, problem.C))
-            dy = problem.laid_out(grad_y[groups, channels], groups)
-            start = starts[groups, ..., channels].contiguous()
-            a = problem.product("a", dt.unsqueeze(3), A_).exp_()
-            du = dt * u_
-            h = problem.product("h", du.unsqueeze(3), B_.unsqueeze(4))
-            _step_through(h, a, start)
-            g = problem.product("g", dy.unsqueeze(3), C_.unsqueeze(4))
-            _adjoint(g, a, torch.exp(dt.sum(0).unsqueeze(2) * A_))
-            grad_C[groups] += problem.laid_back(torch.matmul(h, dy.unsqueeze(4)).squeeze(4), groups)
-            grad_B[groups] += problem.laid_back(torch.matmul(g, du.unsqueeze(4)).squeeze(4), groups)
-            grad_du = torch.matmul(B_.unsqueeze(3), g).squeeze(3)
-            # gradient of the exponent delta A: g exp(delta A) h_before
-            a.mul_(g)
-            a[0].mul_(start)
-            a[1:].mul_(h[:-1])
-            grad_dt = torch.addcmul(torch.mul(a, A_, out=g).sum(3), grad_du, u_)
-            grad_A.index_add_(
-                0,
-                problem.group[groups],
-                _at(torch.zeros_like(problem.A[problem.group[groups]]), channels, _over_time(a, dt, out=g)),
-            )
-            grad_u.index_add_(
-                0,
-                problem.u_index[groups],
-                _at(
-                    torch.zeros_like(problem.u[problem.u_index[groups]]),
-                    channels,
-                    problem.laid_back(grad_du * dt, groups),
-                ),
-            )
-            grad_dt = problem.laid_back(grad_dt, groups)
-            if delta_softplus:
-                grad_dt = grad_dt * torch.sigmoid(problem.raw_steps(groups, channels))
-            grad_delta[groups, channels] = grad_dt
+
+    def work(groups: slice, channels: slice) -> tuple[Tensor, ...]:
+        u_, dt, A_ = problem.inputs(groups, channels)
+        B_, C_ = (problem.laid_out(x[groups], groups) for x in (problem.B, problem.C))
+        dy = problem.laid_out(grad_y[groups, channels], groups)
+        start = starts[groups, ..., channels].contiguous()
+        a = problem.product("a", dt.unsqueeze(3), A_).exp_()
+        du = dt * u_
+        h = problem.product("h", du.unsqueeze(3), B_.unsqueeze(4))
+        _step_through(h, a, start)
+        g = problem.product("g", dy.unsqueeze(3), C_.unsqueeze(4))
+        _adjoint(g, a, torch.exp(dt.sum(0).unsqueeze(2) * A_))
+        for_C = problem.laid_back(torch.matmul(h, dy.unsqueeze(4)).squeeze(4), groups)
+        for_B = problem.laid_back(torch.matmul(g, du.unsqueeze(4)).squeeze(4), groups)
+        grad_du = torch.matmul(B_.unsqueeze(3), g).squeeze(3)
+        # gradient of the exponent delta A: g exp(delta A) h_before
+        a.mul_(g)
+        a[0].mul_(start)
+        a[1:].mul_(h[:-1])
+        grad_dt = torch.addcmul(torch.mul(a, A_, out=g).sum(3), grad_du, u_)
+        for_A = _over_time(a, dt, out=g)
+        for_u = problem.laid_back(grad_du * dt, groups)
+        for_delta = problem.laid_back(grad_dt, groups)
+        if delta_softplus:
+            for_delta = for_delta * torch.sigmoid(problem.raw_steps(groups, channels))
+        return for_u, for_delta, for_A, for_B, for_C
+
+    for groups, channels, (for_u, for_delta, for_A, for_B, for_C) in problem.results(work):
+        grad_delta[groups, channels] = for_delta
+        grad_B[groups] += for_B
+        grad_C[groups] += for_C
+        # batch items share A, and groups may share their input
+        grad_A[:, channels].index_add_(0, problem.group[groups], for_A)
+        grad_u[:, channels].index_add_(0, problem.u_index[groups], for_u)
     grad_u = grad_u.view(u.shape)
     if D is not None:
         grad_u += (D[:, None] * grad).view(u.shape[0], -1, *u.shape[1:]).sum(1)
@@ -468,11 +492,6 @@ def _backward(
         grad_B.view(B.shape),
         grad_C.view(C.shape),
     )
-
-
-def _at(whole: Tensor, channels: slice, part: Tensor) -> Tensor:
-    whole[:, channels] = part
-    return whole
 
 
 def _over_time(x: Tensor, dt: Tensor, out: Tensor) -> Tensor:

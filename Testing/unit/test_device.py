@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from FreqSegLib.device import Batches, SideBySide, default_batch_size, resolve_device
+from FreqSegLib.device import Batches, SideBySide, default_batch_size, lasting_threads, resolve_device
 from FreqSegLib.errors import DeviceError
 
 
@@ -167,6 +167,7 @@ def test_side_by_side_each_thread_computes_alone_and_torch_keeps_its_number(thre
         torch.ones(1 << 16).sum()
         return torch.get_num_threads(), threading.current_thread().name
 
+    before = set(threading.enumerate())
     with SideBySide(torch.device("cpu")) as threads:
         found = threads.run(work, 3)
         assert torch.get_num_threads() == three_threads
@@ -177,7 +178,7 @@ def test_side_by_side_each_thread_computes_alone_and_torch_keeps_its_number(thre
     another.start()
     another.join()
     assert later == [three_threads]
-    assert not any(thread.name.startswith("freqseg") for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= before
 
 
 def test_side_by_side_the_first_error_is_raised_when_all_parts_are_done(three_threads: int) -> None:
@@ -192,6 +193,51 @@ def test_side_by_side_the_first_error_is_raised_when_all_parts_are_done(three_th
     with SideBySide(torch.device("cpu")) as threads, pytest.raises(ValueError, match="first"):
         threads.run(work, 3)
     assert sorted(done) == [1, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+def test_mapped_items_come_in_order_and_only_a_few_ahead(three_threads: int, count: int) -> None:
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        time.sleep(0.002 * (item % 3))
+        return item
+
+    with SideBySide(torch.device("cpu")) as threads:
+        for number, found in enumerate(threads.map(work, range(count))):
+            assert found == number
+            assert len(started) <= number + 2 + 2 * three_threads
+    assert sorted(started) == list(range(count))
+
+
+def test_whoever_stops_taking_results_leaves_nothing_running(three_threads: int) -> None:
+    ended: list[int] = []
+
+    def work(item: int) -> int:
+        time.sleep(0.01)
+        ended.append(item)
+        return item
+
+    with SideBySide(torch.device("cpu")) as threads:
+        results = threads.map(work, range(30))
+        assert next(results) == 0
+        results.close()  # type: ignore[attr-defined]
+        done = len(ended)
+        time.sleep(0.05)
+        assert len(ended) == done < 30
+
+
+def test_lasting_threads_stay_until_their_number_changes(three_threads: int) -> None:
+    device = torch.device("cpu")
+    threads = lasting_threads(device)
+    assert threads is lasting_threads(device)
+    assert list(threads.map(lambda item: torch.get_num_threads(), range(3))) == [1, 1, 1]
+    # work that asks for them itself computes alone, and leaves them as they are
+    assert list(threads.map(lambda item: lasting_threads(device).count, range(3))) == [1, 1, 1]
+    assert threads is lasting_threads(device)
+    torch.set_num_threads(2)
+    assert lasting_threads(device).count == 2
 
 
 def test_on_a_gpu_a_batch_stays_whole() -> None:

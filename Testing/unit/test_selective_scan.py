@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -201,6 +202,44 @@ def test_shapes_that_do_not_fit_are_named(index: int, shape: tuple[int, ...], sa
     inputs[index] = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(InputError, match=said):
         selective_scan(*inputs)
+
+
+@pytest.mark.parametrize("shared_input", [False, True])
+def test_threads_give_what_one_gives_and_the_same_every_time(
+    monkeypatch: pytest.MonkeyPatch, shared_input: bool
+) -> None:
+    monkeypatch.setattr(module, "FEWEST_STATES", 64)
+    given = problem(67, groups=4, width=40, states=3, u_groups=2 if shared_input else None)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3, 3):
+            torch.set_num_threads(threads)
+            y = selective_scan(*given, True, reversed_from=2)
+            found.append((y, *torch.autograd.grad(y.square().sum(), given)))
+            with torch.inference_mode():
+                assert torch.equal(selective_scan(*given, True, reversed_from=2), y)
+    finally:
+        torch.set_num_threads(before)
+    for alone, together, again in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+        assert torch.equal(together, again)
+
+
+def test_a_batch_of_several_blocks_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    monkeypatch.setattr(module, "FEWEST_STATES", 64)
+    step_through = module._step_through
+    monkeypatch.setattr(
+        module, "_step_through", lambda *x: (names.add(threading.current_thread().name), step_through(*x))
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        selective_scan(*problem(67, groups=4, width=40, states=3))
+    finally:
+        torch.set_num_threads(before)
+    assert threading.current_thread().name not in names
 
 
 def test_backends_that_cannot_be_used_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
