@@ -26,6 +26,7 @@ from FreqSegLib.mamba.spectral_input import SliceInput, VolumeInput
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.mamba.stored_weights import unpacked
 from FreqSegLib.progress import CancelCallback, ProgressCallback, Stage
+from FreqSegLib.sam.coarse_mask import largest_components_3d
 from FreqSegLib.volume import Segment, Volume
 
 Uncertainty = Literal["auto", "flips", "dropout"]
@@ -309,7 +310,10 @@ class _Gathered:
                 displayed(kept)[where] = values.numpy()
 
     def result(self, model: SpectralModel, warnings: tuple[str, ...]) -> SpectralSegmentation:
-        """Everything, named."""
+        """Everything, named; parts that the model takes for specks are background."""
+        for index in range(1, self.outputs) if model.smallest_part else ():
+            mask = self.labels == index
+            self.labels[mask & ~largest_components_3d(mask, model.smallest_part)] = 0
         classes = tuple(
             ClassResult(one.name, self.labels == index, (one.color[0], one.color[1], one.color[2]))
             for index, one in enumerate(model.classes, start=1)

@@ -110,6 +110,8 @@ class SpectralModel:
         description: a sentence for lists.
         mirrors: array axes, from 0, along which it was trained on mirror images too; in 2D (rows, columns), in 3D
             (z, y, x). Along others a mirror image is a picture it has never seen.
+        smallest_part: connected parts of a class smaller than this share of its largest are taken for background; 0
+            keeps all, 1 keeps one. Chosen on validation cases.
     """
 
     name: str
@@ -119,6 +121,7 @@ class SpectralModel:
     licence: str = ""
     description: str = ""
     mirrors: tuple[int, ...] = ()
+    smallest_part: float = 0.0
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,8 @@ class SpectralModel:
             )
         if any(axis not in range(needed) for axis in self.mirrors):
             raise SettingsError(f"mirrors must lie in 0 to {needed - 1}, got {self.mirrors}")
+        if not 0 <= self.smallest_part <= 1:
+            raise SettingsError(f"smallest_part must lie in 0 to 1, got {self.smallest_part}")
 
     @property
     def repetitions(self) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ are validated by turns, and the first process writes the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from FreqSegLib.device import resolve_device
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
 from FreqSegLib.evaluation.segmentation_metrics import NSD_TOLERANCE
 from FreqSegLib.mamba.losses import PatchDiscriminator, SpectralDualLoss, adversarial_losses
-from FreqSegLib.mamba.model_config import WEIGHTS_FILE, read_config
+from FreqSegLib.mamba.model_config import WEIGHTS_FILE, SpectralModel, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.mamba.stored_weights import packed, unpacked
 from FreqSegLib.output_file import replacing
@@ -30,8 +30,8 @@ from FreqSegLib.training.curves import draw_curves
 from FreqSegLib.training.loop import LoopConfig, fit
 from FreqSegLib.training.processes import processes
 from FreqSegLib.training.spectral_config import LossConfig, SpectralRecipe
-from FreqSegLib.training.spectral_data import Batch, Batches, Item, find_pairs, load_split
-from FreqSegLib.training.spectral_test import CaseScore, class_table, scored
+from FreqSegLib.training.spectral_data import Batch, Batches, Item, find_pairs, load_split, split
+from FreqSegLib.training.spectral_test import CaseScore, choose_smallest_part, class_table, scored
 
 Row = dict[str, float]
 PANELS: dict[str, tuple[str, ...]] = {"training loss": ("loss", "train_"), "validation DSC": ("score", "dsc_")}
@@ -295,27 +295,39 @@ class SpectralTraining:
         load_exactly(self.network, unpacked(state, folder), folder)
         self.network.to(self.device)
         as_stored = self._dice(self._counts(0, 1))["score"]
-        tested = self._tested(data)
+        parts = self._parts(data)
+        described = replace(self.recipe.described(), smallest_part=next(iter(parts)))
+        tested = self._tested(data, described)
         paths = [folder / WEIGHTS_FILE, folder / "model.json", folder / "README.md"]
-        with replacing(paths, overwrite=True) as (weights, described, card):
+        with replacing(paths, overwrite=True) as (weights, model, card):
             save_file(state, weights)
-            self.recipe.described().write(described.parent)
-            card.write_text(self.card(best, as_stored, tested), encoding="utf-8")
+            described.write(model.parent)
+            card.write_text(self.card(best, as_stored, parts, tested), encoding="utf-8")
 
-    def _tested(self, data: Path) -> list[CaseScore]:
+    def _segmenter(self, described: SpectralModel) -> SpectralSegmenter:
+        # a network that takes and gives the same shapes has what a segmenter asks of one
+        return SpectralSegmenter(cast(SpectralVMUNet, self.network), described, self.device)
+
+    def _parts(self, data: Path) -> dict[float, float]:
+        """Validation DSC by the share under which parts are dropped, the best share first."""
+        recipe = self.recipe
+        _, validation = split(find_pairs(recipe.data, data), recipe.training.validation_share)
+        return choose_smallest_part(self._segmenter(recipe.described()), recipe, validation)
+
+    def _tested(self, data: Path, described: SpectralModel) -> list[CaseScore]:
         recipe = self.recipe
         if not recipe.data.test_images:
             return []
-        # a network that takes and gives the same shapes has what a segmenter asks of one
-        segmenter = SpectralSegmenter(cast(SpectralVMUNet, self.network), recipe.described(), self.device)
+        segmenter = self._segmenter(described)
         return [score for pair in find_pairs(recipe.data, data, test=True) for score in scored(segmenter, recipe, pair)]
 
-    def card(self, best: Row, as_stored: float, tested: Sequence[CaseScore]) -> str:
+    def card(self, best: Row, as_stored: float, parts: Mapping[float, float], tested: Sequence[CaseScore]) -> str:
         """What the model is, and what was measured.
 
         Args:
             best: the row of the log whose weights were kept.
             as_stored: DSC of the validation split with the weights as they are stored.
+            parts: the same through the whole segmenter, by the share under which parts are dropped; the chosen first.
             tested: of the test images; empty where the recipe names none.
         """
         recipe = self.recipe
@@ -334,6 +346,7 @@ class SpectralTraining:
             "validation cases are drawn by a hash of their names",
             f"- DSC on {cases} validation cases that chose the checkpoint: {best['score']:.4f}; with the weights as "
             f"stored: {as_stored:.4f}",
+            f"- {_said_of_parts(parts)}",
             f"- Licence: {recipe.licence or 'not stated'}",
             "",
         ]
@@ -359,6 +372,13 @@ class SpectralTraining:
                 f"tensorboard is on, but cannot be loaded ({error}); run 'pip install tensorboard', or turn it off"
             ) from error
         return SummaryWriter(str(self.work / "tensorboard"))
+
+
+def _said_of_parts(parts: Mapping[float, float]) -> str:
+    chosen = next(iter(parts))
+    what = f"Parts under {chosen:.0%} of the largest are dropped" if chosen else "All parts are kept"
+    others = ", ".join(f"{share:.0%}: {parts[share]:.4f}" for share in sorted(parts))
+    return f"{what}, chosen on the same cases on the files' own grids (DSC by share: {others})"
 
 
 def _check_sizes(recipe: SpectralRecipe, items: list[Item]) -> None:

@@ -13,6 +13,7 @@ import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from scipy import ndimage
 from torch import Tensor, nn
 
 from FreqSegLib.errors import Cancelled, InputError, SettingsError, WeightsError
@@ -98,6 +99,22 @@ def folder(tmp_path: Path) -> Path:
     model.write(made)
     save_file(trained_like(model).network.state_dict(), made / WEIGHTS_FILE)
     return made
+
+
+@pytest.mark.parametrize(("share", "specks"), [(0.0, 2), (0.1, 1), (0.5, 0), (1.0, 0)])
+def test_parts_smaller_than_the_models_share_become_background(share: float, specks: int) -> None:
+    array = np.zeros((4, 24, 16), np.float32)
+    array[:3, 2:12, 1:9] = 550
+    array[0, 20, 12], array[3, 14:20, 10:15] = 550, 550
+    array[1:3, 14:20, 2:6] = 1000
+    found = segmenter(replace(described(), smallest_part=share)).segment(Volume(array, np.eye(4)))
+    parts = ndimage.label(found.classes[0].mask)[1]
+    assert parts == 1 + specks
+    # the other class is judged by itself
+    assert np.array_equal(found.classes[1].mask, array > 900)
+    assert np.array_equal(found.labels.array == 1, found.classes[0].mask)
+    assert found.probabilities is not None
+    assert found.probabilities[1, 0, 20, 12] > 0.5
 
 
 @pytest.mark.parametrize("form", ["slices", "volume"])

@@ -9,19 +9,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from two_processes import run_twice
 
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
 from FreqSegLib.mamba.model_config import SpectralModel, read_config
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
-from FreqSegLib.training.spectral_config import AugmentConfig, SpectralRecipe, TrainingConfig
-from FreqSegLib.training.spectral_data import Batches, augmented, find_pairs, load_split, split
+from FreqSegLib.training import spectral_test
+from FreqSegLib.training.spectral_config import AugmentConfig, DataConfig, SpectralRecipe, TrainingConfig
+from FreqSegLib.training.spectral_data import Batches, Pair, augmented, find_pairs, load_split, split
 from FreqSegLib.training.spectral_recipe import SpectralTraining, train_spectral
 from FreqSegLib.volume import Volume
 
@@ -123,6 +126,8 @@ def test_a_run_leaves_weights_description_card_log_and_curves(trained: tuple[Pat
     found = rows(work)
     best = max(float(row["score"]) for row in found)
     assert f"DSC on 2 validation cases that chose the checkpoint: {best:.4f}; with the weights as stored: " in card
+    chosen = SpectralModel.read(model).smallest_part
+    assert (f"Parts under {chosen:.0%} of the largest" if chosen else "All parts are kept") in card
     assert "boundary IoU" not in card
     assert [float(row["step"]) for row in found] == [2, 4, 6]
     assert {"loss", "score", "train_dice", "train_focal", "train_frequency", "train_boundary"} <= set(found[0])
@@ -381,6 +386,40 @@ def test_greys_stay_in_range_and_nothing_asked_changes_nothing() -> None:
     changed, _ = augmented(image, label, AugmentConfig(brightness=0.5), np.random.default_rng(0))
     assert float(changed.min()) >= 0
     assert float(changed.max()) <= 1
+
+
+def test_the_share_of_parts_dropped_is_chosen_by_dsc_and_has_to_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = np.zeros((1, 40, 40), np.uint8)
+    truth[0, 5:25, 5:25] = 1
+    image, label = tmp_path / "image.nrrd", tmp_path / "label.nrrd"
+    Volume(truth, np.eye(4)).write(image)
+    Volume(truth, np.eye(4)).write(label)
+
+    class Drawn:
+        def __init__(self, mask: NDArray[np.uint8]) -> None:
+            self.classes = (types.SimpleNamespace(mask=mask > 0),)
+
+        def segment(self, volume: Volume, **settings: object) -> tuple[types.SimpleNamespace, ...]:
+            return self.classes
+
+    recipe = types.SimpleNamespace(data=DataConfig(images="images", labels="labels", classes=("square",)))
+
+    def chosen(mask: NDArray[np.uint8]) -> dict[float, float]:
+        return spectral_test.choose_smallest_part(Drawn(mask), recipe, [Pair("a", image, label)])  # type: ignore[arg-type]
+
+    wrong = truth.copy()
+    # a fifth of the square's size, far from it
+    wrong[0, 30:38, 30:40] = 1
+    found = chosen(wrong)
+    assert next(iter(found)) == 0.3
+    assert found[0.3] == found[1.0] == 1
+    assert found[0.0] == pytest.approx(2 * 400 / (400 + 480))
+    # one pixel more or less is no reason
+    speck = truth.copy()
+    speck[0, 38, 38] = 1
+    assert next(iter(chosen(speck))) == 0
 
 
 def test_the_split_does_not_change_when_images_are_added(tmp_path: Path) -> None:
