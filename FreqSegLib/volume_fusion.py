@@ -327,7 +327,10 @@ class VolumeFuser:
                 stack.displayed(fused)[place] = found.image[:, 0].float().clamp(0, 1).mul_(WHITE).cpu().numpy()
                 if keep_masks:
                     for name, values in _shares(found, stack.slice_shape, getattr(self.method, "wave", None)).items():
-                        stack.displayed(shares.setdefault(name, stack.empty(np.uint8)))[place] = values
+                        if name not in shares:
+                            # another thread may be here too; the first one's array is kept
+                            shares.setdefault(name, stack.empty(np.uint8))
+                        stack.displayed(shares[name])[place] = values
 
             threads.run(part, len(indices))
             return there

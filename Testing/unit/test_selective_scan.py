@@ -239,6 +239,7 @@ def test_a_batch_of_several_blocks_is_shared_out(monkeypatch: pytest.MonkeyPatch
         selective_scan(*problem(67, groups=4, width=40, states=3))
     finally:
         torch.set_num_threads(before)
+    assert names
     assert threading.current_thread().name not in names
 
 
