@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly, save_half
-from FreqSegLib.errors import WeightsError
+from FreqSegLib.checkpoint import module_of, save_half
 
 
 @dataclass(frozen=True)
@@ -108,17 +107,7 @@ class Aligner(nn.Module):
         Raises:
             WeightsError: unreadable, or tensors that do not fit (key and shapes are named).
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                config = AlignerConfig(**json.loads((file.metadata() or {})["config"]))
-                state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"'{path}' holds no aligner weights ({error}); fetch or train them again.") from error
-        model = cls(config)
-        load_exactly(model, state, path)
-        return model.requires_grad_(False).eval().to(device)
+        return module_of(path, "aligner", lambda config: cls(AlignerConfig(**config))).to(device)
 
 
 class Block(nn.Module):

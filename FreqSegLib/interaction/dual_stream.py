@@ -14,13 +14,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly, save_half
+from FreqSegLib.checkpoint import module_of, save_half
 from FreqSegLib.errors import InputError, SettingsError, WeightsError
 from FreqSegLib.interaction.dual_decoder import EdgeRefinement, Fusion, FusionHead, StreamDecoder
 from FreqSegLib.interaction.feature_normaliser import FeatureNormaliser, Normaliser
@@ -277,10 +277,7 @@ class DualStreamModel(nn.Module):
         Raises:
             WeightsError: unreadable, or tensors that do not fit (key and shapes are named).
         """
-        config, state, _ = _read(path)
-        model = cls(config)
-        load_exactly(model, state, path)
-        return model.requires_grad_(False).eval().to(device)
+        return module_of(path, "text-guided", lambda config: cls(DualStreamConfig(**config))).to(device)
 
 
 def cosines(terms: int, side: int) -> Tensor:
@@ -300,27 +297,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         WeightsError: the file is unreadable.
     """
-    return _read(path, tensors=False)[2]
-
-
-def _read(path: Path, tensors: bool = True) -> tuple[DualStreamConfig, dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            config = DualStreamConfig(**_plain(metadata["config"]))
-            names = list(file.keys()) if tensors else []
-            state = {key: file.get_tensor(key) for key in names}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, SettingsError) as error:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"'{path}' holds no text-guided weights ({error}); reinstall FreqSeg or train them again."
         ) from error
-    return config, state, metadata
-
-
-def _plain(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("the configuration is no object")
-    return found
