@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -103,9 +104,9 @@ class TrainedRun(PromptRun):
     _maps: NDArray[np.float16]
 
     def texts(self) -> tuple[Tensor, Tensor]:
-        """The prompt's sentence vector (D); there are no null prompts, presence is an output of the model."""
-        text = self._trained.text.encode([self.prompt.text])
-        return text[0], text[:0]
+        """The vector (D) that is asked with; there are no null prompts, presence is an output of the model."""
+        text = self._asked_with(self.prompt)
+        return text, text[None][:0]
 
     def gate(self, text: Tensor, nulls: Tensor) -> Presence:
         """Which slices hold the target, by the model's own presence logit; its masks are kept for the next stage."""
@@ -140,7 +141,7 @@ class TrainedRun(PromptRun):
         views = _views(s.replicas if s.uncertainty else 1, s.seed)
         self._maps = np.zeros((count, len(views), side, side), dtype=np.float16)
         evidence = torch.zeros(count, len(views))
-        said = {False: text, True: self._trained.text.encode([self._in_a_mirror()])[0]} if len(views) > 1 else {}
+        said = {False: text, True: self._asked_with(_in_a_mirror(self.prompt))} if len(views) > 1 else {}
         batches = Batches(s.batch_size or default_batch_size(self.owner.device))
         stage = self.stage("Drawing the coarse mask", count)
         device = self.owner.device
@@ -183,14 +184,28 @@ class TrainedRun(PromptRun):
             embedding, images = embedding.flip(-1), images.flip(-1)
         return self._trained.model.encode_image(embedding, images)
 
-    def _in_a_mirror(self) -> str:
-        """The prompt that means the same place in the mirrored picture: sides change on X-rays, nothing elsewhere."""
-        meaning = self.prompt.meaning
-        if meaning is None or meaning.modality != "xray":
-            return self.prompt.text
-        return re.sub(
-            r"\b(left|right)\b", lambda m: _OTHER_SIDE[m.group().lower()], self.prompt.text, flags=re.IGNORECASE
-        )
+    def _asked_with(self, prompt: MatchedPrompt) -> Tensor:
+        """A unit vector (D) halfway between the prompt's words and the name of the target they were matched to.
+
+        Words that were never trained on can lie off what the model knows; halfway to the name they do not.
+        """
+        name = prompt.text if prompt.meaning is None else prompt.meaning.name
+        vectors = self._trained.text.encode(list(dict.fromkeys([prompt.text, name])))
+        return vectors[0] if len(vectors) == 1 else F.normalize(vectors.sum(0), dim=0)
+
+
+def _in_a_mirror(prompt: MatchedPrompt) -> MatchedPrompt:
+    """The prompt that means the same place in the mirrored picture: sides change on X-rays, nothing elsewhere."""
+    meaning = prompt.meaning
+    if meaning is None or meaning.modality != "xray":
+        return prompt
+    return replace(
+        prompt, text=_sides_exchanged(prompt.text), meaning=replace(meaning, name=_sides_exchanged(meaning.name))
+    )
+
+
+def _sides_exchanged(text: str) -> str:
+    return re.sub(r"\b(left|right)\b", lambda m: _OTHER_SIDE[m.group().lower()], text, flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True)

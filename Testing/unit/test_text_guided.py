@@ -316,6 +316,7 @@ class Drawer:
 
     def __init__(self) -> None:
         self.encoded = 0
+        self.asked: list[list[float]] = []
 
     def encode_image(self, embedding: Tensor, images: Tensor) -> ImageFeatures:
         self.encoded += len(images)
@@ -325,6 +326,7 @@ class Drawer:
         return [(1, 64, 64)]
 
     def segment(self, features: ImageFeatures, text: Tensor) -> DualStreamOutput:
+        self.asked.append(text[0].tolist())
         logits, present, side = 12 * (features.semantic - 0.5), text[:, 0], text[:, 1, None, None, None]
         half = torch.arange(64) < 32
         logits = torch.where((side > 0) & ~half | (side < 0) & half, -20.0, logits)
@@ -427,6 +429,26 @@ def test_uncertainty_looks_again_in_a_mirror_with_the_sides_exchanged(trained) -
     assert plain.uncertainty is None
     (curved,) = segmenter.segment(["lungs"], settings=replace(settings, replicas=4))
     assert curved.uncertainty.max() > 0
+
+
+def test_words_are_asked_halfway_to_the_name_of_their_target(trained) -> None:
+    segmenter = trained()
+    segmenter.segment(["the right side of the lungs"])
+    assert segmenter.trained.text.asked == ["the right side of the lungs", "lungs"]
+    halfway = torch.tensor([1.0, 1.0]) + torch.tensor([1.0, 0.0])
+    assert segmenter.trained.model.asked[-1] == pytest.approx((halfway / halfway.norm()).tolist())
+    # the name itself is asked as it is, to the last digit
+    segmenter.segment(["right lung"])
+    assert segmenter.trained.model.asked[-1] == [1.0, 1.0]
+
+
+def test_words_and_name_both_change_sides_in_the_mirror(trained) -> None:
+    segmenter = trained()
+    settings = TextSegmentationSettings(uncertainty=True, replicas=2)
+    (found,) = segmenter.segment(["the Right field, right lung"], settings=settings)
+    words, name = "the left field, left lung", "left lung"
+    assert segmenter.trained.text.asked == ["the Right field, right lung", "right lung", words, name]
+    assert found.uncertainty.max() < 1e-3
 
 
 def test_the_batch_size_does_not_change_what_is_drawn(trained) -> None:
