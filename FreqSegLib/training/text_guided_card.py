@@ -66,7 +66,7 @@ precision. For research, not for diagnosis.
 ## Validation slices, before settings were chosen
 
 Mean Dice over patients (or images), all cached slices of a patient together, mask at probability 0.5, slices under a
-presence probability of 0.5 empty.
+presence probability of 0.5 empty. Asked by the words alone; the pipeline asks halfway between them and the target's name.
 
 | target | trained wordings | wordings never trained |
 | --- | --- | --- |
