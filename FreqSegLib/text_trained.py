@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -105,7 +105,7 @@ class TrainedRun(PromptRun):
 
     def texts(self) -> tuple[Tensor, Tensor]:
         """The vector (D) that is asked with; there are no null prompts, presence is an output of the model."""
-        text = self._asked_with(self.prompt)
+        text = self._asked_with()
         return text, text[None][:0]
 
     def gate(self, text: Tensor, nulls: Tensor) -> Presence:
@@ -141,7 +141,7 @@ class TrainedRun(PromptRun):
         views = _views(s.replicas if s.uncertainty else 1, s.seed)
         self._maps = np.zeros((count, len(views), side, side), dtype=np.float16)
         evidence = torch.zeros(count, len(views))
-        said = {False: text, True: self._asked_with(_in_a_mirror(self.prompt))} if len(views) > 1 else {}
+        said = {False: text, True: self._asked_with(mirrored=True)} if len(views) > 1 else {}
         batches = Batches(s.batch_size or default_batch_size(self.owner.device))
         stage = self.stage("Drawing the coarse mask", count)
         device = self.owner.device
@@ -184,24 +184,19 @@ class TrainedRun(PromptRun):
             embedding, images = embedding.flip(-1), images.flip(-1)
         return self._trained.model.encode_image(embedding, images)
 
-    def _asked_with(self, prompt: MatchedPrompt) -> Tensor:
+    def _asked_with(self, *, mirrored: bool = False) -> Tensor:
         """A unit vector (D) halfway between the prompt's words and the name of the target they were matched to.
 
-        Words that were never trained on can lie off what the model knows; halfway to the name they do not.
+        Words that were never trained on can lie off what the model knows; halfway to the name they do not. For a
+        mirrored picture both name the same place in it: sides change on X-rays, nothing elsewhere.
         """
-        name = prompt.text if prompt.meaning is None else prompt.meaning.name
-        vectors = self._trained.text.encode(list(dict.fromkeys([prompt.text, name])))
+        meaning = self.prompt.meaning
+        assert meaning is not None
+        said = [self.prompt.text, meaning.name]
+        if mirrored and meaning.modality == "xray":
+            said = [_sides_exchanged(text) for text in said]
+        vectors = self._trained.text.encode(list(dict.fromkeys(said)))
         return vectors[0] if len(vectors) == 1 else F.normalize(vectors.sum(0), dim=0)
-
-
-def _in_a_mirror(prompt: MatchedPrompt) -> MatchedPrompt:
-    """The prompt that means the same place in the mirrored picture: sides change on X-rays, nothing elsewhere."""
-    meaning = prompt.meaning
-    if meaning is None or meaning.modality != "xray":
-        return prompt
-    return replace(
-        prompt, text=_sides_exchanged(prompt.text), meaning=replace(meaning, name=_sides_exchanged(meaning.name))
-    )
 
 
 def _sides_exchanged(text: str) -> str:
