@@ -81,6 +81,7 @@ _COMMON: dict[str, Any] = {
     "confidence_threshold": 0.5,
     "num_contours": 0,
     "smallest_part": SMALLEST_PART,
+    "slice_smoothing": 0.0,
     "refine": True,
     "prompt_kind": "boxes",
     "box_margin": 0.0,

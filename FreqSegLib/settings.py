@@ -60,6 +60,12 @@ class TextSegmentationSettings:
     smallest_part: float | None = _option(
         None, "Drop 3D parts smaller than this share of the largest (1: keep one).", least=0.0, most=1.0
     )
+    slice_smoothing: float | None = _option(
+        None,
+        "Even the map out over neighbouring slices, in mm; draw slices this near to one that passed too (0: off).",
+        least=0.0,
+        most=50.0,
+    )
     gate: bool = _option(True, "Leave slices empty where the target is judged absent.")
     refine: bool | None = _option(None, "Refine the coarse mask with the SAM-family model.")
     prompt_kind: PromptKind | None = _option(None, "Visual prompts given to it.")

@@ -130,6 +130,21 @@ class SliceStack:
         return index
 
 
+def evened(maps: NDArray[np.float32], stack: SliceStack, millimetres: float) -> NDArray[np.float32]:
+    """Maps averaged over neighbouring slices by a Gaussian; beyond the first and last slice these are repeated.
+
+    Args:
+        maps: (S, ...), of every slice of ``stack``.
+        stack: its slice spacing says how far neighbours are; a single slice has none.
+        millimetres: standard deviation; 0 leaves the maps as they are.
+    """
+    if not millimetres or stack.count < 2:
+        return maps
+    from scipy.ndimage import gaussian_filter1d
+
+    return np.asarray(gaussian_filter1d(maps, millimetres / stack.slice_spacing, axis=0, mode="nearest", truncate=3.0))
+
+
 def _nearest_anatomy(volume: Volume) -> tuple[list[int], list[bool]]:
     """For each array axis (k, j, i): the LPS axis it follows most closely, and whether it runs against it."""
     cosines = volume.direction[:, ::-1].T  # (array axis, LPS axis)

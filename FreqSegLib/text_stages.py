@@ -30,7 +30,7 @@ from FreqSegLib.sam.promptable import PromptableSegmenter
 from FreqSegLib.sam.refine import refine_slice
 from FreqSegLib.sam.visual_prompts import VisualPrompt, visual_prompts
 from FreqSegLib.settings import TextSegmentationSettings
-from FreqSegLib.slices import Frame, SliceStack
+from FreqSegLib.slices import Frame, SliceStack, evened
 from FreqSegLib.text_results import Intermediate, PromptResult
 from FreqSegLib.volume import Volume
 from FreqSegLib.wavelet import frequency_images
@@ -111,7 +111,16 @@ class PromptRun:
         if not (self.settings.gate and self.owner.preset.has_gate):
             return replace(found, passed=torch.ones_like(found.passed))
         self._warn_of_contrast(images)
-        return found
+        return self.reaching(found)
+
+    def reaching(self, found: Presence) -> Presence:
+        """Slices within ``slice_smoothing`` of one that passed pass too: the gate looks at each by itself."""
+        assert self.settings.slice_smoothing is not None
+        # 1 mm reaches a slice that is 1.0001 mm away
+        reach = int(self.settings.slice_smoothing / self.prepared.stack.slice_spacing + 0.01)
+        passed = found.passed.numpy()
+        near = np.array([passed[max(0, i - reach) : i + reach + 1].any() for i in range(len(passed))], dtype=bool)
+        return replace(found, passed=torch.from_numpy(near))
 
     def question(self, text: Tensor) -> Tensor:
         """The text vector (D) the bottleneck asks for: the prompt's, or what sets it apart from its contrasts."""
@@ -165,13 +174,13 @@ class PromptRun:
         self, maps: dict[str, NDArray[np.float32]], present: Presence
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Saliency (S, h, w) in [0, 1], normalised over the volume, and its standard deviation over replicas."""
-        scaled = {branch: self.scaled(values, present) for branch, values in maps.items()}
+        scaled = {branch: self._evened(values, present) for branch, values in maps.items()}
         raw = scaled["raw"]
         if "low" in scaled:
             raw = self._fused(raw, scaled["low"], scaled["high"], present)
         frame = self.prepared.frame
         mean = _on_slices(raw.mean(1), frame)
-        spread = raw if self.doubt is None else self.scaled(self.doubt, present)
+        spread = raw if self.doubt is None else self._evened(self.doubt, present)
         deviation = _on_slices(spread.std(1), frame) if self.settings.uncertainty else None
         return mean, deviation
 
@@ -225,6 +234,11 @@ class PromptRun:
         """A branch's tokens (len(indices) * replicas, N, width), without a class token."""
         tokens = torch.stack([self.owner.tokens(self.prepared, self.settings, branch, i) for i in indices])
         return tokens[:, self.owner.encoder.num_prefix_tokens :].repeat_interleave(replicas, 0)
+
+    def _evened(self, maps: NDArray[np.float32], present: Presence) -> NDArray[np.float32]:
+        """Maps (S, R, gh, gw) as they are shown: averaged over neighbouring slices, then scaled."""
+        assert self.settings.slice_smoothing is not None
+        return self.scaled(evened(maps, self.prepared.stack, self.settings.slice_smoothing), present)
 
     def scaled(self, maps: NDArray[np.float32], present: Presence) -> NDArray[np.float32]:
         """Saliency in the bottleneck's own unit, brought to [0, 1] over the volume."""
@@ -311,7 +325,7 @@ class PromptRun:
         intermediates: tuple[Intermediate, ...] = ()
         if keep:
             frame = self.prepared.frame
-            branches = {b: _on_slices(self.scaled(m, present).mean(1), frame) for b, m in maps.items()}
+            branches = {b: _on_slices(self._evened(m, present).mean(1), frame) for b, m in maps.items()}
             intermediates = tuple(
                 self._intermediate(i, present, branches, fused, uncertainty, coarse, visual, mask)
                 for i in range(self.prepared.stack.count)

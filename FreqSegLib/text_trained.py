@@ -116,7 +116,7 @@ class TrainedRun(PromptRun):
         if not self.settings.gate:
             return Presence(found.probability, torch.ones_like(found.passed))
         self._warn_of_contrast(self._image_vectors())
-        return found
+        return self.reaching(found)
 
     def question(self, text: Tensor) -> Tensor:
         """The prompt itself."""

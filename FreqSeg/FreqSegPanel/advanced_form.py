@@ -36,6 +36,7 @@ def labels() -> dict[str, str]:
         "confidence_threshold": _("Drop parts below"),
         "num_contours": _("Parts kept a slice"),
         "smallest_part": _("Smallest part kept"),
+        "slice_smoothing": _("Even out over slices"),
         "gate": _("Leave slices without it empty"),
         "refine": _("Draw with the SAM model"),
         "prompt_kind": _("Drawn from"),

@@ -161,6 +161,7 @@ class AblationPlan:
             work="",
             models="",
             seed=self.seed,
+            finishing=None,
             loop=self.loop(),
             training=self.training,
             model=form.config(self.model),

@@ -24,10 +24,10 @@ from FreqSegLib.intensity import normalise
 from FreqSegLib.presets import SMALLEST_PART
 from FreqSegLib.progress import CancelCallback
 from FreqSegLib.sam.coarse_mask import coarse_mask, largest_components_3d, surrounding_background
-from FreqSegLib.slices import Frame, SliceStack
+from FreqSegLib.slices import Frame, SliceStack, evened
 from FreqSegLib.training.baselines import Task
 from FreqSegLib.training.text_guided_data import PICTURE_SIDE
-from FreqSegLib.training.text_guided_tuning import CONTOURS, PARTS, RULE_COSTS, THRESHOLDS
+from FreqSegLib.training.text_guided_tuning import CONTOURS, PARTS, SMOOTHINGS, THRESHOLDS, rule_cost
 from FreqSegLib.training.work_folder import write_text
 from FreqSegLib.volume import Volume
 
@@ -42,17 +42,20 @@ class Rule:
         threshold: pixels above it, in [0, 1].
         num_contours: largest parts kept a slice; 0 keeps all.
         smallest_part: parts of the volume under this share of the largest are dropped.
+        slice_smoothing: mm over which the probability is averaged across slices; 0 takes each by itself.
     """
 
     threshold: float = 0.5
     num_contours: int = 0
     smallest_part: float = SMALLEST_PART
+    slice_smoothing: float = 0.0
 
     @property
     def said(self) -> str:
         """In words."""
         parts = f"{self.num_contours} parts a slice" if self.num_contours else "all parts"
-        return f"above {self.threshold:g}, {parts} of at least {self.smallest_part:.0%} of the largest"
+        evened_out = f", evened over slices by {self.slice_smoothing:g} mm" if self.slice_smoothing else ""
+        return f"above {self.threshold:g}, {parts} of at least {self.smallest_part:.0%} of the largest{evened_out}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Drawing:
     def mask(self, channels: Sequence[int], rule: Rule) -> NDArray[np.bool_]:
         """The union of some channels as (k, j, i) on the volume's grid, cut and cleaned as in the pipeline."""
         found = coarse_mask(
-            self.probability[list(channels)].max(0),
+            evened(self.probability[list(channels)].max(0), self.stack, rule.slice_smoothing),
             self.places,
             threshold="fixed",
             value=rule.threshold,
@@ -128,7 +131,13 @@ def choose_rules(
         cases: labelled validation patients.
         device: where the network is.
     """
-    rules = [Rule(threshold, parts, smallest) for smallest in PARTS for parts in CONTOURS for threshold in THRESHOLDS]
+    rules = [
+        Rule(threshold, parts, smallest, smoothing)
+        for smoothing in SMOOTHINGS
+        for smallest in PARTS
+        for parts in CONTOURS
+        for threshold in THRESHOLDS
+    ]
     found: dict[str, list[list[float]]] = {meaning.name: [] for meaning in task.targets()}
     for case in cases:
         labelled = case.read()
@@ -143,7 +152,7 @@ def choose_rules(
         if not of_cases:
             raise InputError(f"{task.title}: no validation patient shows '{name}', so nothing can be chosen on them")
         # on few patients keeping everything is preferred to a rule that is barely better
-        costs = [RULE_COSTS * ((rule.num_contours != 0) + (rule.smallest_part != SMALLEST_PART)) for rule in rules]
+        costs = [rule_cost(rule.num_contours, rule.smallest_part, rule.slice_smoothing) for rule in rules]
         chosen[name] = rules[int((np.mean(of_cases, axis=0) - costs).argmax())]
     return chosen
 

@@ -31,6 +31,7 @@ _SHOWN = (
         "confidence_threshold",
         "num_contours",
         "smallest_part",
+        "slice_smoothing",
     ),
     *("refine", "prompt_kind", "box_margin"),
 )

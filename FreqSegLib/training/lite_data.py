@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from FreqSegLib.errors import InputError
+from FreqSegLib.errors import InputError, SettingsError
 from FreqSegLib.intensity import normalise
 from FreqSegLib.slices import Frame, SliceStack
 from FreqSegLib.training.near_duplicates import near_duplicates
@@ -33,8 +33,34 @@ VALIDATION_SHARE = 0.15
 # there are few ultrasound images, and the gate is calibrated on the normal ones among them
 VALIDATION_SHARES = {"busi": 0.25}
 FLAIR_PRESENT, FLAIR_ABSENT = 10, 7
-HIPPOCAMPUS_PRESENT = 3
+VALIDATION_HIPPOCAMPUS = 3
 SMALLEST_TARGET = 30
+
+
+@dataclass(frozen=True)
+class SliceChoice:
+    """How much of each kind is trained on; validation slices are the same for every choice.
+
+    Attributes:
+        hippocampus: slices of each training volume that show it.
+        hippocampus_copies: augmented copies of each of them, on average.
+        xrays: share of the training X-rays, in (0, 1].
+
+    Raises:
+        SettingsError: a value is out of range.
+    """
+
+    hippocampus: int = 3
+    hippocampus_copies: float = 0.15
+    xrays: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.hippocampus < 1:
+            raise SettingsError(f"hippocampus is {self.hippocampus}; at least one slice a volume is needed")
+        if self.hippocampus_copies < 0:
+            raise SettingsError(f"hippocampus_copies is {self.hippocampus_copies}; it cannot be negative")
+        if not 0 < self.xrays <= 1:
+            raise SettingsError(f"xrays is {self.xrays}; it is a share between 0 (left out) and 1")
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,7 @@ def ultrasound_groups(images: Sequence[Path]) -> dict[Path, str]:
     return {image: f"busi/{first.stem}" for image, first in near_duplicates(images).items()}
 
 
-def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
+def plan(data: Path, seed: int = 0, choice: SliceChoice | None = None) -> list[TrainingSlice]:
     """Choose at most about 2,500 slices of the training folders, in a shuffled order.
 
     Every choice about a slice hangs on its own name and the seed, so that more or fewer images change no other slice.
@@ -91,12 +117,14 @@ def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
     Args:
         data: folder with ``segmentation/`` and ``fusion/`` (see its README).
         seed: of the choice and of the augmentations.
+        choice: how much of each kind.
 
     Raises:
         InputError: there are no training images.
     """
     if not (data / "segmentation").is_dir():
         raise InputError(f"'{data}' holds no training images (no folder 'segmentation'); set FREQSEG_DATA.")
+    choice = choice or SliceChoice()
     chosen: list[TrainingSlice] = []
 
     def add(image: Path, mask: Path | None, modality: str, group: str, index: int, copies: float = 0) -> None:
@@ -119,7 +147,9 @@ def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
                 add(image, mask, "flair", f"lgg/{image.name[:12]}", int(index), copies=0.35)
 
     for image in sorted((data / "segmentation/cxr_lungs/train/images").glob("*.png")):
-        add(image, image.parents[1] / "masks" / image.name, "xray", f"cxr/{image.stem}", 0)
+        group = f"cxr/{image.stem}"
+        if split_of(group) == "validation" or _share("xray", seed, group) < choice.xrays:
+            add(image, image.parents[1] / "masks" / image.name, "xray", group, 0)
 
     scans = sorted((data / "segmentation/busi/train/images").glob("*.png"))
     for image, group in ultrasound_groups(scans).items():
@@ -131,8 +161,9 @@ def plan(data: Path, seed: int = 0) -> list[TrainingSlice]:
         area = truth.reshape(len(truth), -1).sum(1)
         group = f"hippocampus/{image.name.split('.')[0]}"
         present, absent = np.flatnonzero(area >= 10), np.flatnonzero(area == 0)
-        for index in _shuffled(present, seed, group)[:HIPPOCAMPUS_PRESENT]:
-            add(image, mask, "t1", group, int(index), copies=0.15)
+        wanted = choice.hippocampus if split_of(group) == "train" else VALIDATION_HIPPOCAMPUS
+        for index in _shuffled(present, seed, group)[:wanted]:
+            add(image, mask, "t1", group, int(index), copies=choice.hippocampus_copies)
         if len(absent) and _share("absent", seed, group) < 0.6:
             add(image, mask, "t1", group, int(_shuffled(absent, seed, group)[0]))
 

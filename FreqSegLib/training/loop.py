@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class LoopConfig:
         accumulate: batches whose gradients are averaged for one step. Where the loss is a mean over the batch this is
             the gradient of one batch that is so many times as large; a contrastive loss still sees the negatives of one
             batch only.
+        keep: which weights the run ends with: those with the ``best`` score, or the ``last``, where validation is too
+            small to tell steps apart.
     """
 
     steps: int = 1500
@@ -46,6 +48,7 @@ class LoopConfig:
     patience: int = 6
     seed: int = 0
     accumulate: int = 1
+    keep: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
         for name in ("steps", "validate_every", "patience", "accumulate"):
@@ -68,7 +71,7 @@ def fit(
     writes: bool = True,
     wait: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Train ``model``; it ends with the best validated weights.
+    """Train ``model``; it ends with the best validated weights, or the last ones where ``config.keep`` says so.
 
     Args:
         model: trained in place.
@@ -83,7 +86,7 @@ def fit(
         wait: returns when all processes have called it. Their batches may differ, their validations must not.
 
     Returns:
-        The best row.
+        The row of the weights it ends with.
 
     Raises:
         FreqSegError: the loss is not finite; the step is named and the last checkpoint is intact.
@@ -96,7 +99,7 @@ def fit(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=config.learning_rate,
     )
-    state: dict[str, Any] = {"step": 0, "best": None, "stale": 0, "seconds": 0.0}
+    state: dict[str, Any] = {"step": 0, "best": None, "last": None, "stale": 0, "seconds": 0.0}
     last, best_file, log = folder / "last.pt", folder / "best.pt", folder / "log.csv"
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=True)
@@ -132,6 +135,7 @@ def fit(
             better = state["best"] is None or not row["score"] <= state["best"]["score"]
             state.update(
                 best=row if better else state["best"],
+                last=row,
                 stale=0 if better else state["stale"] + 1,
                 seconds=time.monotonic() - started,
             )
@@ -143,9 +147,10 @@ def fit(
             wait()
             if report:
                 report(row)
-    model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True)["model"])
+    if config.keep == "best":
+        model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True)["model"])
     model.eval()
-    return {**state["best"], "seconds": state["seconds"]}
+    return {**state[config.keep], "seconds": state["seconds"]}
 
 
 def _backward(batch_loss: Callable[[int], Tensor], step: int, accumulate: int) -> float:

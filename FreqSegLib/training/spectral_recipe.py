@@ -340,7 +340,8 @@ class SpectralTraining:
             "",
             f"- Classes: {', '.join(recipe.data.classes)}",
             f"- Input: {recipe.input.form}, intensity {recipe.input.intensity}",
-            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters, stored as {recipe.training.stored}",
+            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters{_left_out(recipe)}, stored as "
+            f"{recipe.training.stored}",
             f"- Trained on {len({item.case for item in self.batches.items})} cases of {recipe.data.images}, seed "
             f"{recipe.training.seed}, best after {best['step']:.0f} steps, {best['seconds'] / 60:.0f} minutes; "
             "validation cases are drawn by a hash of their names",
@@ -372,6 +373,13 @@ class SpectralTraining:
                 f"tensorboard is on, but cannot be loaded ({error}); run 'pip install tensorboard', or turn it off"
             ) from error
         return SummaryWriter(str(self.work / "tensorboard"))
+
+
+def _left_out(recipe: SpectralRecipe) -> str:
+    """What the method's name promises and this model goes without."""
+    parts = {"the spectral path": recipe.model.spectral, "the loss's frequency term": recipe.loss.freq_weight}
+    missing = [name for name, there in parts.items() if not there]
+    return f" (without {' and '.join(missing)})" if missing else ""
 
 
 def _said_of_parts(parts: Mapping[float, float]) -> str:

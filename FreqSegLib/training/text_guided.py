@@ -189,6 +189,13 @@ class PhaseTwo:
         self._autocast = self.config.mixed_precision and self.device.type == "cuda"
         self._weights = self._balanced()
 
+    def start_from(self, other: WithAverage) -> None:
+        """Take the averaged weights of an earlier round, for the model and for its average."""
+        state = other.average.state_dict()
+        self.model.model.load_state_dict(state)
+        self.model.average.load_state_dict(state)
+        self.model.meaning.load_state_dict(other.meaning.state_dict())
+
     def batch_loss(self, number: int) -> Tensor:
         """The loss of one batch; what is in it, noise and dropout follow from its number and the seed alone."""
         step, part = divmod(number, self.accumulate)

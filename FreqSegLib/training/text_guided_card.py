@@ -34,6 +34,7 @@ def _card(r: dict[str, Any]) -> str:
     )
     tuning = "\n".join(
         f"| {name} | {t['cases']} | {t['settings']['threshold_value']} | {t['settings']['num_contours'] or 'all'} | {t['settings']['smallest_part']:.0%} "
+        f"| {t['settings']['slice_smoothing'] or '-'} "
         f"| {t['coarse_dsc']:.3f} | {t['refined_dsc']:.3f} "
         f"| {'redrawn, ' + t['settings']['prompt_kind'] if t['settings']['refine'] else 'as the model draws it'} |"
         for name, t in r["tuning"].items()
@@ -56,8 +57,8 @@ precision. For research, not for diagnosis.
 - **Recipe**: {training["dice_weight"]} Dice + {training["bce_weight"]} BCE on probabilities, each decoder by
   {training["supervision_weight"]}, presence by {training["presence_weight"]}, naming the target from the sentence by {training["meaning_weight"]}; {r["wordings"]} wordings, about {training["absent_share"]:.0%} of the prompts
   for something that is not there; AdamW {loop["learning_rate"]}, cosine, batches of {training["batch_size"]} slices with up to
-  {training["prompts"]} prompts, {loop["steps"]} steps, averaged weights, best validation Dice at step {int(r["best"]["step"])}; seed {recipe["seed"]}. Frozen tower
-  and text encoder; from cached embeddings.
+  {training["prompts"]} prompts, {loop["steps"]} steps, averaged weights, best validation Dice at step {int(r["rounds"][0]["step"])}; seed {recipe["seed"]}. Frozen tower
+  and text encoder; from cached embeddings.{_second_round(r)}
 - **Command**: `freqseg train text-guided` (images at `../shared/data` or `FREQSEG_DATA`).
 - **Time and disk**: embeddings {seconds["embeddings"] / 60:.0f} min once ({r["cache_bytes"] / 1e9:.1f} GB, shared with the aligner's training),
   pictures {r["picture_bytes"] / 1e6:.0f} MB, training {seconds["train"] / 60:.0f} min, gates and settings {seconds["tune"] / 60:.0f} min on {r["threads"]} CPU threads of a
@@ -87,12 +88,24 @@ Threshold by Youden's index on these same slices, so expect a little less elsewh
 
 Through the whole pipeline: mean DSC a patient (or image) that shows the target, of the model's mask and of what
 LiteMedSAM's decoder makes of it. At most {recipe["tune_cases"]} patients a modality, stacks thinned out to {recipe["tune_slices"]} slices. Chosen on
-these patients, so expect less elsewhere.
+these patients, so expect less elsewhere. Evened over slices: the probability map is averaged over neighbouring slices (a
+Gaussian of that deviation) before the threshold, and slices that near to one that passed the gate are drawn too.
 
-| target | patients | threshold | parts a slice | smallest part kept, of the largest | DSC | redrawn | shipped |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| target | patients | threshold | parts a slice | smallest part kept, of the largest | evened over slices, mm | DSC | redrawn | shipped |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {tuning}
 """
+
+
+def _second_round(r: dict[str, Any]) -> str:
+    finishing = r["recipe"]["finishing"]
+    if finishing is None:
+        return ""
+    slices, loop = finishing["slices"], finishing["loop"]
+    return f"""
+- **Second round**: from these weights, {loop["steps"]} steps at {loop["learning_rate"]} and less, on {r["slices"]["finishing"]} slices:
+  {slices["hippocampus"]} of every hippocampus volume in place of {r["recipe"]["slices"]["hippocampus"]}, {slices["xrays"]:.0%} of the X-rays, the others the same; the weights
+  of step {int(r["rounds"][1]["step"])} are kept."""
 
 
 def _number(value: float | None) -> str:

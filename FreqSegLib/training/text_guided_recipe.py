@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,15 @@ from FreqSegLib.sam.lite_medsam import LiteMedSAM
 from FreqSegLib.text_segmentation import TextSegmenter
 from FreqSegLib.text_trained import WEIGHTS_FILE, TrainedMethod
 from FreqSegLib.training.curves import draw_curves
-from FreqSegLib.training.lite_data import TrainingSlice, cache, cache_file, plan, read_cache, seconds_and_bytes
+from FreqSegLib.training.lite_data import (
+    SliceChoice,
+    TrainingSlice,
+    cache,
+    cache_file,
+    plan,
+    read_cache,
+    seconds_and_bytes,
+)
 from FreqSegLib.training.loop import LoopConfig, fit
 from FreqSegLib.training.processes import Team, processes
 from FreqSegLib.training.text_guided import PhaseTwo, TextGuidedConfig, summarise_answers
@@ -46,7 +54,26 @@ from FreqSegLib.training.text_guided_tuning import choose_gates, choose_settings
 from FreqSegLib.training.work_folder import claim, write_text
 
 SET_ID = "lite-text-guided"
+ROUNDS = ("run", "finishing")
 PANELS = {"training loss": ("loss",), "validation Dice": ("score", "dice ")}
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """A second round, from the first one's best averaged weights.
+
+    Attributes:
+        slices: what it is trained on.
+        loop: how long and how fast. Its last weights are kept: late in the round validation scores differ by less than
+            the few ultrasound images in them vary.
+    """
+
+    slices: SliceChoice = field(default_factory=lambda: SliceChoice(hippocampus=6, hippocampus_copies=0.0, xrays=0.5))
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            steps=800, learning_rate=3e-4, warmup=50, validate_every=100, patience=12, keep="last"
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +85,8 @@ class TextGuidedRecipe:
         work: pictures, checkpoints, log and curves; a stopped run goes on from here.
         models: gets ``lite-text-guided/`` and an entry in ``manifest.json``.
         seed: of the plan, the start and every batch.
-        loop, training, model: see there.
+        slices, loop, training, model: see there.
+        finishing: a second round; None leaves it out.
         tune_cases: validation patients a modality (at most) that choose their targets' settings.
         tune_slices: longer stacks are thinned out to so many of their slices for that.
     """
@@ -67,13 +95,15 @@ class TextGuidedRecipe:
     work: str = "build/text_guided"
     models: str = "Resources/Models"
     seed: int = 0
+    slices: SliceChoice = field(default_factory=SliceChoice)
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=1800, warmup=100, validate_every=200, patience=12)
     )
+    finishing: Finishing | None = field(default_factory=Finishing)
     training: TextGuidedConfig = field(default_factory=TextGuidedConfig)
     model: DualStreamConfig = field(default_factory=DualStreamConfig)
     tune_cases: int = 14
-    tune_slices: int = 24
+    tune_slices: int = 64
 
 
 def train_text_guided(
@@ -109,28 +139,19 @@ def train_text_guided(
         if team.leads:
             # where the result goes does not matter to it
             claim(work, replace(recipe, work="", models="", embeddings=""))
-        slices = plan(data, recipe.seed)
+        slices = plan(data, recipe.seed, recipe.slices)
+        last = slices if recipe.finishing is None else plan(data, recipe.seed, recipe.finishing.slices)
+        together = list(dict.fromkeys([*slices, *last]))
         tower = LiteMedSAM.from_checkpoint(weights.require("litemedsam") / "lite_medsam.pth")
         text = MiniLM(weights.require("minilm"))
-        picture_seconds = _fill_caches(data, recipe, slices, tower, told, alone=world == 1)
+        picture_seconds = _fill_caches(data, recipe, together, tower, told, alone=world == 1)
         wordings = trained_wordings()
-        phase = phase_two(recipe, slices, wordings, sentence_vectors(text, wordings), place, team)
-
-        def row(values: dict[str, float]) -> None:
-            told("  ".join(f"{key} {value:.4g}" for key, value in values.items()))
-            if team.leads:
-                draw_curves(work / "run" / "log.csv", work / "run" / "curves.png", PANELS)
-
-        best = fit(
-            phase.model,
-            phase.batch_loss,
-            phase.validate,
-            work / "run",
-            recipe.loop,
-            row,
-            writes=team.leads,
-            wait=team.wait,
-        )
+        vectors = sentence_vectors(text, wordings)
+        rounds = [(lambda: phase_two(recipe, slices, wordings, vectors, place, team), recipe.loop)]
+        if (finishing := recipe.finishing) is not None:
+            other = replace(recipe, seed=recipe.seed + 1, loop=finishing.loop)
+            rounds.append((lambda: phase_two(other, last, wordings, vectors, place, team), finishing.loop))
+        phase, best = train_rounds(rounds, work, told, team)
     folder = Path(recipe.models) / SET_ID
     if not team.leads:
         return folder
@@ -142,10 +163,10 @@ def train_text_guided(
     model = DualStreamModel.load(folder / WEIGHTS_FILE)
     held_out = held_out_wordings()
     rows = [int(row) for row in phase.validation_rows]
-    everything = phase.answers(model, phase.of_target, phase.vectors, rows, wrong=len(targets()))
+    answered = phase.answers(model, phase.of_target, phase.vectors, rows, wrong=len(targets()))
     unseen = phase.answers(model, _by_target(held_out), sentence_vectors(text, held_out), rows)
-    gates = choose_gates(everything)
-    report(f"validation, trained wordings: {summarise_answers(everything)}")
+    gates = choose_gates(answered)
+    report(f"validation, trained wordings: {summarise_answers(answered)}")
     report(f"validation, held-out wordings: {summarise_answers(unseen)}")
     tuning = {name: gate_tuning(gate) for name, gate in gates.items()}
     method = TrainedMethod(model, text, tuple(m.name for m in targets()), tuning, "tuning")
@@ -156,21 +177,25 @@ def train_text_guided(
         name: gate_tuning(gate, chosen[name].settings if name in chosen else None) for name, gate in gates.items()
     }
     write_text(folder / PRESET_FILE, json.dumps({"tuning": {n: asdict(t) for n, t in tuning.items()}}, indent=1) + "\n")
-    seconds, size = seconds_and_bytes(Path(recipe.embeddings), slices)
+    seconds, size = seconds_and_bytes(Path(recipe.embeddings), together)
     results: dict[str, Any] = {
         "recipe": asdict(recipe),
-        "slices": {split: sum(s.split == split for s in slices) for split in ("train", "validation")},
+        "slices": {
+            "train": sum(s.split == "train" for s in slices),
+            "finishing": sum(s.split == "train" for s in last),
+            "validation": sum(s.split == "validation" for s in slices),
+        },
         "parameters": sum(p.numel() for p in model.parameters()),
         "wordings": len(wordings),
-        "best": best,
-        "trained_wordings": summarise_answers(everything),
+        "rounds": best,
+        "trained_wordings": summarise_answers(answered),
         "held_out_wordings": summarise_answers(unseen),
         "gates": {name: asdict(gate) for name, gate in gates.items()},
         "tuning": {name: asdict(choice) for name, choice in chosen.items()},
         "seconds": {
             "embeddings": seconds,
             "pictures": picture_seconds,
-            "train": best["seconds"],
+            "train": sum(one["seconds"] for one in best),
             "tune": time.monotonic() - started,
         },
         "cache_bytes": size,
@@ -181,6 +206,42 @@ def train_text_guided(
     write_card(folder / "README.md", results)
     weights.record_shipped(SET_ID, recipe.models)
     return folder
+
+
+def train_rounds(
+    rounds: Sequence[tuple[Callable[[], PhaseTwo], LoopConfig]],
+    work: Path,
+    report: Callable[[str], None] = print,
+    team: Team | None = None,
+) -> tuple[PhaseTwo, list[dict[str, float]]]:
+    """One or two rounds of training, the second from the averaged weights that the first one kept.
+
+    Args:
+        rounds: what makes each one's batches, and how long it goes on.
+        work: gets ``run`` and ``finishing``, each with its checkpoints, log and curves; a stopped round goes on there.
+        report: where a line for each validation goes.
+        team: the processes that train together.
+
+    Returns:
+        The last round with its best weights, and the best row of each round.
+    """
+    team = team or Team()
+    phase: PhaseTwo | None = None
+    best: list[dict[str, float]] = []
+    for name, (make, loop) in zip(ROUNDS, rounds, strict=False):
+        folder, before, phase = work / name, phase, make()
+        if before is not None:
+            phase.start_from(before.model)
+
+        def row(values: dict[str, float], folder: Path = folder) -> None:
+            report("  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+            if team.leads:
+                draw_curves(folder / "log.csv", folder / "curves.png", PANELS)
+
+        writes, wait = team.leads, team.wait
+        best.append(fit(phase.model, phase.batch_loss, phase.validate, folder, loop, row, writes=writes, wait=wait))
+    assert phase is not None
+    return phase, best
 
 
 def phase_two(

@@ -26,6 +26,8 @@ Settings = dict[str, Any]
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 CONTOURS = (0, 1, 2)
 PARTS = (SMALLEST_PART, 0.3, 1.0)
+# mm, of volumes (slices 1 apart in the data): under 1 maps alone are evened out, from 1 on the next slice passes too
+SMOOTHINGS = (0.0, 0.75, 1.0, 1.25)
 # one box around all parts of a slice would have the decoder fill what lies between them
 PROMPT_KINDS = ("boxes", "boxes+points")
 # on few patients a plainer rule is preferred to one that is barely better
@@ -116,8 +118,8 @@ def choose_settings(
         if not seen:
             continue
         scored = []
-        for settings in _rules():
-            costs = RULE_COSTS * ((settings["num_contours"] != 0) + (settings["smallest_part"] != SMALLEST_PART))
+        for settings in _rules(volumes=any(one.volume.stack.count > 1 for one in seen)):
+            costs = rule_cost(*(settings[name] for name in ("num_contours", "smallest_part", "slice_smoothing")))
             scored.append((float(np.mean([one.coarse(settings) for one in seen])), costs, settings))
         coarse_dsc, _, rule = max(scored, key=lambda entry: entry[0] - entry[1])
         refined = [
@@ -133,24 +135,30 @@ def choose_settings(
     return found
 
 
+def rule_cost(num_contours: int, smallest_part: float, slice_smoothing: float) -> float:
+    """The DSC that a rule has to gain over keeping every slice and part as it is drawn."""
+    changes = (num_contours != 0, smallest_part != SMALLEST_PART, slice_smoothing != 0)
+    return RULE_COSTS * sum(changes)
+
+
 @dataclass
 class _Drawn:
-    """One case and what the model said of it; the truth is (S, h, w) as the slices are shown."""
+    """One case and what the model said of it, by ``slice_smoothing``; the truth is (S, h, w), slices as shown."""
 
     segmenter: TextSegmenter
     volume: PreparedVolume
     prompt: MatchedPrompt
-    probability: NDArray[np.float32]
-    present: Presence
+    said: dict[float, tuple[NDArray[np.float32], Presence]]
     truth: NDArray[np.bool_]
 
     def coarse(self, settings: Settings) -> float:
-        return dice(self._run(settings).coarse(self.probability, self.present), self.truth)
+        return dice(self._run(settings).coarse(*self.said[settings["slice_smoothing"]]), self.truth)
 
     def refined(self, settings: Settings) -> float:
         run = self._run(settings)
-        coarse = run.coarse(self.probability, self.present)
-        return dice(run.refine(coarse, run.visual_prompts(coarse, self.probability)), self.truth)
+        probability, present = self.said[settings["slice_smoothing"]]
+        coarse = run.coarse(probability, present)
+        return dice(run.refine(coarse, run.visual_prompts(coarse, probability)), self.truth)
 
     def _run(self, settings: Settings) -> TrainedRun:
         return trained_run(self.segmenter, self.volume, self.prompt, settings)
@@ -174,14 +182,16 @@ def _drawn(segmenter: TextSegmenter, meaning: Meaning, cases: Sequence[Case]) ->
         if truth.any():
             volume = segmenter.set_volume(labelled.volume)
             prompt = MatchedPrompt(meaning.name, meaning, 1.0)
-            run = trained_run(segmenter, volume, prompt, {})
-            text, nulls = run.texts()
-            present = run.gate(text, nulls)
-            probability, _ = run.fuse(run.saliency(text, present), present)
-            yield _Drawn(segmenter, volume, prompt, probability, present, np.array(volume.stack.displayed(truth)))
+            said = {}
+            for smoothing in SMOOTHINGS:
+                run = trained_run(segmenter, volume, prompt, {"slice_smoothing": smoothing})
+                text, nulls = run.texts()
+                present = run.gate(text, nulls)
+                said[smoothing] = (run.fuse(run.saliency(text, present), present)[0], present)
+            yield _Drawn(segmenter, volume, prompt, said, np.array(volume.stack.displayed(truth)))
 
 
-def _rules() -> list[Settings]:
+def _rules(*, volumes: bool) -> list[Settings]:
     return [
         {
             "threshold": "fixed",
@@ -189,7 +199,9 @@ def _rules() -> list[Settings]:
             "confidence_threshold": 0.0,
             "num_contours": contours,
             "smallest_part": part,
+            "slice_smoothing": smoothing,
         }
+        for smoothing in (SMOOTHINGS if volumes else SMOOTHINGS[:1])
         for value in THRESHOLDS
         for contours in CONTOURS
         for part in PARTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from FreqSegLib.clip.vocabulary import MODALITIES
 from FreqSegLib.errors import InputError, WeightsError
 from FreqSegLib.training import lite_data
 from FreqSegLib.training.contrastive import FALSE, TRUE, UNKNOWN, ContrastiveConfig, PhaseOne, statements, truth_table
-from FreqSegLib.training.lite_data import CachedSlices, TrainingSlice, plan, split_of, target_channels
+from FreqSegLib.training.lite_data import CachedSlices, SliceChoice, TrainingSlice, plan, split_of, target_channels
 
 NAMES = [statement.name for statement in statements()]
 SMALL = AlignerConfig(
@@ -154,6 +154,24 @@ def test_the_plan_keeps_patients_apart_and_within_its_size(shared_data: Path, ch
         assert {item.split for item in chosen if item.modality == modality} == {"train", "validation"}
     assert len(set(chosen)) == len(chosen)
     assert plan(shared_data) == chosen
+
+
+@pytest.mark.data
+def test_another_choice_changes_training_slices_alone(shared_data: Path, chosen: list[TrainingSlice]) -> None:
+    other = plan(shared_data, choice=SliceChoice(hippocampus=6, hippocampus_copies=0, xrays=0.5))
+    assert [s for s in other if s.split == "validation"] == [s for s in chosen if s.split == "validation"]
+
+    def kept(slices: list[TrainingSlice], modality: str) -> set[TrainingSlice]:
+        return {s for s in slices if s.split == "train" and s.modality == modality and s.augment is None}
+
+    for modality in ("flair", "ultrasound", "ct", "mr"):
+        assert kept(other, modality) == kept(chosen, modality)
+    assert kept(other, "t1") > kept(chosen, "t1")
+    assert max(Counter(s.image for s in kept(other, "t1")).values()) in (6, 7)
+    assert not [s for s in other if s.modality == "t1" and s.augment is not None]
+    assert kept(other, "xray") < kept(chosen, "xray")
+    assert len(kept(other, "xray")) == pytest.approx(0.5 * len(kept(chosen, "xray")), rel=0.15)
+    assert plan(shared_data, choice=SliceChoice()) == chosen
 
 
 @pytest.mark.data

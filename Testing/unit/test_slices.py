@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.spatial.transform import Rotation
 
 from FreqSegLib.errors import InputError, SettingsError
-from FreqSegLib.slices import Frame, SliceStack
+from FreqSegLib.slices import Frame, SliceStack, evened
 from FreqSegLib.volume import Volume
 
 SIGNED_PERMUTATIONS = [
@@ -123,6 +123,30 @@ def test_a_picture_is_one_slice_as_stored() -> None:
     stack = SliceStack.of(picture, "sagittal")
     assert (stack.axis, stack.count) == ("image", 1)
     np.testing.assert_array_equal(stack.take(0), picture.array[0])
+
+
+@given(st.integers(2, 9), st.floats(0.3, 6), st.floats(0.3, 4), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_evening_out_is_a_gaussian_mean_over_slices_by_their_distance(
+    count: int, spacing: float, millimetres: float, seed: int
+) -> None:
+    matrix = np.diag([spacing / 3, spacing / 3, spacing, 1.0])
+    stack = SliceStack.of(Volume(np.zeros((count, 4, 3), dtype=np.float32), matrix))
+    maps = np.random.default_rng(seed).random((count, 2, 3, 2)).astype(np.float32)
+    found = evened(maps, stack, millimetres)
+    reach = int(3 * millimetres / spacing + 0.5)
+    steps = np.arange(-reach, reach + 1)
+    weights = np.exp(-((steps * spacing) ** 2) / (2 * millimetres**2))
+    for index in range(count):
+        seen = maps[np.clip(index + steps, 0, count - 1)]
+        expected = (weights[:, None, None, None] * seen).sum(0) / weights.sum()
+        np.testing.assert_allclose(found[index], expected, rtol=0, atol=1e-6)
+    assert evened(maps, stack, 0) is maps
+
+
+def test_a_picture_has_no_neighbours_to_be_evened_out_with() -> None:
+    maps = np.ones((1, 4, 4), dtype=np.float32)
+    assert evened(maps, SliceStack.of(Volume(np.zeros((1, 4, 4), dtype=np.uint8), np.eye(4))), 5.0) is maps
 
 
 def test_wrong_axis_index_or_shape_is_refused_with_its_value() -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from two_processes import run_twice
 
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
-from FreqSegLib.mamba.model_config import SpectralModel, read_config
+from FreqSegLib.mamba.model_config import WEIGHTS_FILE, SpectralModel, read_config
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training import spectral_test
 from FreqSegLib.training.spectral_config import AugmentConfig, DataConfig, SpectralRecipe, TrainingConfig
@@ -153,6 +153,21 @@ def test_the_card_says_what_the_weights_score_as_they_are_stored(
     assert f"| square | 8 | {np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f} |" in card
     assert "parameters, stored as int8" in card
     assert "On the 8 images of images, looked at after training" in card
+
+
+def test_a_model_without_the_spectral_parts_says_so_and_is_smaller(
+    images: Path, trained: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    config = configuration(images, model={"spectral": False}, loss={"freq_weight": 0}, training={"epochs": 1})
+    said: list[str] = []
+    model = train_spectral(config, tmp_path / "work", tmp_path / "models", device="cpu", report=said.append)
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "parameters (without the spectral path and the loss's frequency term), stored as" in card
+    assert "(without" not in (trained[1] / "README.md").read_text(encoding="utf-8")
+    assert not SpectralModel.read(model).model.spectral
+    assert (model / WEIGHTS_FILE).stat().st_size < (trained[1] / WEIGHTS_FILE).stat().st_size
+    found = SpectralSegmenter.from_model(model, "cpu").segment(Volume.read(next((images / "images").glob("*.png"))))
+    assert found.classes[0].mask.shape[0] == 1
 
 
 def test_a_run_killed_without_warning_goes_on_with_the_same_curve(

@@ -19,6 +19,7 @@ from FreqSegLib.clip.prompts import MatchedPrompt
 from FreqSegLib.clip.vocabulary import meaning, targets
 from FreqSegLib.embedding_cache import EmbeddingCache
 from FreqSegLib.errors import SettingsError, WeightsError
+from FreqSegLib.evaluation.cases import LabelledVolume
 from FreqSegLib.interaction.dual_stream import (
     DualStreamConfig,
     DualStreamModel,
@@ -44,7 +45,8 @@ from FreqSegLib.training.text_guided_data import (
     truth_of,
     warped,
 )
-from FreqSegLib.training.text_guided_tuning import choose_gates
+from FreqSegLib.training.text_guided_recipe import train_rounds
+from FreqSegLib.training.text_guided_tuning import choose_gates, choose_settings
 
 NAMES = [m.name for m in targets()]
 ANTERIOR, POSTERIOR = NAMES.index("anterior hippocampus"), NAMES.index("posterior hippocampus")
@@ -205,6 +207,40 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> Non
     for name, weight in unbroken.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     assert not torch.equal(unbroken.model.average.position, unbroken.model.model.position)
+
+
+def test_a_second_round_starts_from_the_average_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    small, first = replace(STILL, batch_size=2), LoopConfig(steps=2, warmup=1, validate_every=2, learning_rate=1e-2)
+    second = replace(first, steps=4, learning_rate=1e-3)
+    told: list[str] = []
+
+    def rounds(second: LoopConfig, stop: int | None = None) -> list:
+        phase = phase_of(small, seed=1, count=16)
+        batch_loss = phase.batch_loss
+
+        def cut(number: int) -> Tensor:
+            if number == stop:
+                raise KeyboardInterrupt
+            return batch_loss(number)
+
+        phase.batch_loss = cut
+        return [(lambda: phase_of(small), first), (lambda: phase, second)]
+
+    unbroken, best = train_rounds(rounds(second), tmp_path / "unbroken", told.append)
+    assert [row["step"] for row in best] in ([2, 2], [2, 4])
+    assert len(told) == 3
+    with pytest.raises(KeyboardInterrupt):
+        train_rounds(rounds(second, stop=3), tmp_path / "stopped", told.append)
+    resumed, again = train_rounds(rounds(second), tmp_path / "stopped", told.append)
+    assert [row["score"] for row in again] == [row["score"] for row in best]
+    for name, weight in unbroken.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    # with next to no rate the second round is the first one's average
+    alone, _ = train_rounds(rounds(second)[:1], tmp_path / "alone", told.append)
+    still, _ = train_rounds(rounds(replace(second, learning_rate=1e-12)), tmp_path / "still", told.append)
+    for name, weight in alone.model.average.state_dict().items():
+        assert torch.allclose(still.model.model.state_dict()[name], weight, atol=1e-7), name
+    assert not torch.equal(alone.model.model.position, still.model.model.position)
 
 
 def test_the_text_decides_what_is_drawn_in_wordings_it_never_saw() -> None:
@@ -395,6 +431,77 @@ def test_what_is_not_there_stays_empty(trained) -> None:
     assert not drawn.is_empty
 
 
+def faint_slice(trained, spacing: float = 1.0, **given) -> tuple[TextSegmenter, np.ndarray]:
+    """A box through three slices, so faint in the middle one that the gate takes it for empty."""
+    volume, truth = box_volume(target=(slice(1, 4), slice(8, 24), slice(36, 56)))
+    volume.array[2][truth[2]] = 52
+    segmenter = trained(**given)
+    segmenter.set_volume(replace(volume, affine=np.diag([spacing, spacing, spacing, 1.0])))
+    return segmenter, truth
+
+
+@pytest.mark.parametrize(("millimetres", "drawn"), [(0.0, False), (0.9, False), (1.0, True), (1.2, True)])
+def test_a_slice_beside_one_that_passes_is_drawn_with_its_neighbours_help(
+    trained, millimetres: float, drawn: bool
+) -> None:
+    segmenter, truth = faint_slice(trained)
+    settings = TextSegmentationSettings(slice_smoothing=millimetres, threshold_value=0.3)
+    (found,) = segmenter.segment(["lungs"], settings=settings, return_intermediate=True)
+    assert bool(found.mask[2].any()) == drawn
+    assert bool(found.saliency[2].any()) == drawn
+    assert not found.mask[~truth].any()
+    assert np.array_equal(found.mask[1], truth[1])
+    # the gate's own word on each slice is not changed
+    assert (found.slice_scores > 0.5).tolist() == [False, True, False, True, False, False]
+    assert np.array_equal(found.intermediates[2].saliency["raw"], found.saliency[2])
+
+
+def test_slices_that_lie_far_apart_are_each_drawn_alone(trained) -> None:
+    segmenter, _ = faint_slice(trained, spacing=6.0)
+    alone, evened = (
+        segmenter.segment(["lungs"], settings=TextSegmentationSettings(slice_smoothing=mm))[0] for mm in (0.0, 1.0)
+    )
+    assert np.array_equal(alone.mask, evened.mask)
+    assert np.abs(alone.saliency - evened.saliency).max() < 1e-5
+
+
+def test_what_was_chosen_for_a_target_is_evened_out_by_default_and_nothing_else(trained) -> None:
+    tuned = replace(PLAIN, settings={**PLAIN.settings, "slice_smoothing": 1.0, "threshold_value": 0.3})
+    segmenter, _ = faint_slice(trained, tuning=tuned)
+    lungs, bright = segmenter.segment(["lungs", "bright thing"])
+    assert lungs.mask[2].any()
+    plain = faint_slice(trained)[0].segment(["bright thing"])[0]
+    assert np.array_equal(bright.mask, plain.mask)
+    assert np.array_equal(bright.saliency, plain.saliency)
+
+
+class MadeCase:
+    """A made volume as a validation patient."""
+
+    modality = "xray"
+
+    def __init__(self, segmenter: TextSegmenter, truth: np.ndarray) -> None:
+        self.volume, self.labels = segmenter.prepared.volume, truth.astype(np.uint8)
+
+    def read(self) -> LabelledVolume:
+        return LabelledVolume(self.volume, self.labels, self.modality)
+
+
+def test_slices_are_evened_out_only_where_validation_patients_gain_by_it(trained) -> None:
+    segmenter, truth = faint_slice(trained)
+    faint = MadeCase(segmenter, truth)
+    assert choose_settings(segmenter, [faint], lambda line: None)["lungs"].settings["slice_smoothing"] >= 1
+    clear = MadeCase(trained(), box_volume()[1])
+    assert choose_settings(segmenter, [clear], lambda line: None)["lungs"].settings["slice_smoothing"] == 0
+
+
+def test_an_absent_target_has_no_slice_to_reach_from(trained) -> None:
+    segmenter, _ = faint_slice(trained)
+    (found,) = segmenter.segment(["nothing like lungs"], settings=TextSegmentationSettings(slice_smoothing=3.0))
+    assert found.is_empty
+    assert not found.saliency.any()
+
+
 def test_the_decoder_redraws_only_where_that_was_chosen_or_asked_for(trained) -> None:
     segmenter = trained()
     segmenter.segment(["lungs"])
@@ -477,6 +584,9 @@ def test_the_trained_method_is_refused_where_it_cannot_answer(trained) -> None:
         ({"loop": {"stepz": 3}}, "there is no key 'stepz'; did you mean 'steps'?"),
         ({"modell": {}}, "there is no key 'modell'; did you mean 'model'?"),
         ({"model": {"bands": "all"}}, "bands must be one of none, low, high, both, got 'all'"),
+        ({"slices": {"hippocampus": 0}}, "hippocampus is 0; at least one slice a volume is needed"),
+        ({"slices": {"xrays": 1.5}}, "xrays is 1.5; it is a share between 0 (left out) and 1"),
+        ({"slices": {"hippocampus_copies": -1}}, "hippocampus_copies is -1.0; it cannot be negative"),
         ({"seed": "one"}, "seed must be a whole number, got 'one'"),
     ],
 )
