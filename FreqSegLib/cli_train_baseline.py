@@ -134,7 +134,10 @@ def _trained(
         session.say(f"{task.name}: " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
 
     recipe = TextGuidedRecipe()
-    slices = [item for item in plan(data, config.seed) if item.modality == task.modality]
+    # whatever either of our rounds is trained on
+    choices = [recipe.slices, *([recipe.finishing.slices] if recipe.finishing else [])]
+    both = dict.fromkeys(item for choice in choices for item in plan(data, config.seed, choice))
+    slices = [item for item in both if item.modality == task.modality]
     cache_pictures(data, pictures, slices)
     folder = work / task.name
     network, best = train(task, slices, read_pictures(pictures, slices), folder, config, device, row)
@@ -166,9 +169,9 @@ def _report(session: Session, files: list[Path], scores: list[CaseScore], facts:
     )
     text = (
         "Trained on the same slices, in the same frame, mirrored, moved and with other grey curves alike, by AdamW; "
-        "loss: Dice and binary cross-entropy. Threshold, parts kept and their smallest size were chosen on the same "
-        "validation patients, and masks brought back to each image's grid the same way. A U-Net is not asked for what "
-        "cannot be there."
+        "loss: Dice and binary cross-entropy. Threshold, parts kept, their smallest size and evening out over slices "
+        "were chosen on the same validation patients, and masks brought back to each image's grid the same way. A "
+        "U-Net is not asked for what cannot be there."
     )
     page, table, cases = files
     parts = [Part("U-Net and text-guided model", text, ways, None, tuple(scores))]

@@ -12,8 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (1600, 1000)
+FULL_COLOUR = ("spectral.png",)
+"""Large enough on the screen for steps between its greys to be seen."""
 REAL_CASE = "TCGA_CS_6668"
 LESION_CENTRE = (31.0, -13.0, 31.0)
 """RAS in mm, as Resources/Samples/README.md gives it in LPS."""
@@ -165,6 +169,8 @@ class Screenshots:
         truth_node.GetIJKToRASMatrix(to_world)
         place = [to_world.MultiplyPoint((*middle, 1.0))[axis] for axis in range(3)]
         self.slicer.mrmlScene.RemoveNode(truth_node)
+        for earlier in util.getNodesByClass("vtkMRMLSegmentationNode"):
+            earlier.GetDisplayNode().SetVisibility(False)
         self.volume = util.loadVolume(str(images[0]))
         self.volume.SetName(f"FLAIR, {REAL_CASE}")
         for section in (self.ui.modelsSection, self.ui.fuseSection, self.ui.lookSection):
@@ -260,10 +266,19 @@ class Screenshots:
         """The window, every slice view through one place; ``arrange`` shows the picture alone in all of them."""
         volume = self.volume if arrange else None
         self.app.grab_window(self.folder / name, volume=volume, layout="four-up", size=SIZE, center=tuple(place))
+        if name not in FULL_COLOUR:
+            shrink(self.folder / name)
         print(self.folder / name)
 
     def wait(self, condition: Any) -> None:
         self.app.wait_until(condition, timeout=900)
+
+
+def shrink(path: Path) -> None:
+    """A picture in 256 colours, a quarter as large: every version of it stays in the history."""
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,12 @@ class WithAverage(nn.Module):
         for kept, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
             kept.copy_(value)
 
+    @torch.no_grad()
+    def blend_with(self, other: WithAverage, share: float) -> None:
+        """Make the average ``share`` of itself and the rest of another's."""
+        for mean, first in zip(self.average.parameters(), other.average.parameters(), strict=True):
+            mean.lerp_(first, 1 - share)
+
     def train(self, mode: bool = True) -> WithAverage:
         """The average is never in training mode."""
         super().train(mode)

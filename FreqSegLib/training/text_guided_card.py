@@ -104,8 +104,8 @@ def _second_round(r: dict[str, Any]) -> str:
     slices, loop = finishing["slices"], finishing["loop"]
     return f"""
 - **Second round**: from these weights, {loop["steps"]} steps at {loop["learning_rate"]} and less, on {r["slices"]["finishing"]} slices:
-  {slices["hippocampus"]} of every hippocampus volume in place of {r["recipe"]["slices"]["hippocampus"]}, {slices["xrays"]:.0%} of the X-rays, the others the same; the weights
-  of step {int(r["rounds"][1]["step"])} are kept."""
+  {slices["hippocampus"]} of every hippocampus volume in place of {r["recipe"]["slices"]["hippocampus"]}, {slices["xrays"]:.0%} of the X-rays, the others the same.
+  Shipped are {finishing["blend"]:.0%} of the weights of its step {int(r["rounds"][1]["step"])} and {1 - finishing["blend"]:.0%} of the first round's."""
 
 
 def _number(value: float | None) -> str:

@@ -66,6 +66,8 @@ class Finishing:
         slices: what it is trained on.
         loop: how long and how fast. Its last weights are kept: late in the round validation scores differ by less than
             the few ultrasound images in them vary.
+        blend: share of this round's weights in what is kept, the rest are the first round's, in (0, 1]: what one round
+            learned and the other lost stays in part (weight interpolation after fine-tuning, Wortsman et al. 2022).
     """
 
     slices: SliceChoice = field(default_factory=lambda: SliceChoice(hippocampus=6, hippocampus_copies=0.0, xrays=0.5))
@@ -74,6 +76,11 @@ class Finishing:
             steps=800, learning_rate=3e-4, warmup=50, validate_every=100, patience=12, keep="last"
         )
     )
+    blend: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.blend <= 1:
+            raise SettingsError(f"blend is {self.blend}; it is a share above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def train_text_guided(
         if (finishing := recipe.finishing) is not None:
             other = replace(recipe, seed=recipe.seed + 1, loop=finishing.loop)
             rounds.append((lambda: phase_two(other, last, wordings, vectors, place, team), finishing.loop))
-        phase, best = train_rounds(rounds, work, told, team)
+        phase, best = train_rounds(rounds, work, told, team, blend=finishing.blend if finishing else 1.0)
     folder = Path(recipe.models) / SET_ID
     if not team.leads:
         return folder
@@ -213,6 +220,8 @@ def train_rounds(
     work: Path,
     report: Callable[[str], None] = print,
     team: Team | None = None,
+    *,
+    blend: float = 1.0,
 ) -> tuple[PhaseTwo, list[dict[str, float]]]:
     """One or two rounds of training, the second from the averaged weights that the first one kept.
 
@@ -221,12 +230,14 @@ def train_rounds(
         work: gets ``run`` and ``finishing``, each with its checkpoints, log and curves; a stopped round goes on there.
         report: where a line for each validation goes.
         team: the processes that train together.
+        blend: share of the second round's averaged weights in the average that is returned.
 
     Returns:
-        The last round with its best weights, and the best row of each round.
+        The last round, and the row of the weights that each round kept.
     """
     team = team or Team()
     phase: PhaseTwo | None = None
+    before: PhaseTwo | None = None
     best: list[dict[str, float]] = []
     for name, (make, loop) in zip(ROUNDS, rounds, strict=False):
         folder, before, phase = work / name, phase, make()
@@ -241,6 +252,8 @@ def train_rounds(
         writes, wait = team.leads, team.wait
         best.append(fit(phase.model, phase.batch_loss, phase.validate, folder, loop, row, writes=writes, wait=wait))
     assert phase is not None
+    if before is not None:
+        phase.model.blend_with(before.model, blend)
     return phase, best
 
 

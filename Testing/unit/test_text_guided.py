@@ -241,6 +241,11 @@ def test_a_second_round_starts_from_the_average_and_goes_on_where_it_was_stopped
     for name, weight in alone.model.average.state_dict().items():
         assert torch.allclose(still.model.model.state_dict()[name], weight, atol=1e-7), name
     assert not torch.equal(alone.model.model.position, still.model.model.position)
+    # a blend lies between the averages of both
+    blended, _ = train_rounds(rounds(second), tmp_path / "unbroken", told.append, blend=0.25)
+    expected = 0.75 * alone.model.average.position + 0.25 * unbroken.model.average.position
+    assert torch.allclose(blended.model.average.position, expected, atol=1e-6)
+    assert not torch.allclose(blended.model.average.position, unbroken.model.average.position, atol=1e-6)
 
 
 def test_the_text_decides_what_is_drawn_in_wordings_it_never_saw() -> None:
@@ -587,6 +592,7 @@ def test_the_trained_method_is_refused_where_it_cannot_answer(trained) -> None:
         ({"slices": {"hippocampus": 0}}, "hippocampus is 0; at least one slice a volume is needed"),
         ({"slices": {"xrays": 1.5}}, "xrays is 1.5; it is a share between 0 (left out) and 1"),
         ({"slices": {"hippocampus_copies": -1}}, "hippocampus_copies is -1.0; it cannot be negative"),
+        ({"finishing": {"blend": 0}}, "blend is 0.0; it is a share above 0 and at most 1"),
         ({"seed": "one"}, "seed must be a whole number, got 'one'"),
     ],
 )
