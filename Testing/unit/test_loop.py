@@ -6,7 +6,7 @@ import csv
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,22 @@ def test_a_finished_run_is_not_trained_further(unbroken) -> None:
         raise AssertionError(step)
 
     assert without_time(fit(again, never, lambda: {"score": 1e9}, folder, CONFIG)) == without_time(best)
+    assert same_weights(again, model)
+
+
+@pytest.mark.parametrize(("keep", "step"), [("best", 3), ("last", 12)])
+def test_a_run_ends_with_the_weights_it_is_told_to_keep(tmp_path: Path, keep: str, step: int) -> None:
+    # the first validation is the best, whatever is learned after it
+    config = replace(CONFIG, keep=keep)
+    scores = iter(range(0, -100, -1))
+    model = new_model()
+    found = fit(model, task(model)[0], lambda: {"score": float(next(scores))}, tmp_path, config)
+    assert found["step"] == step
+    saved = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("best", "last")}
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in saved[keep].items())
+    assert not all(torch.equal(saved["best"][key], value) for key, value in saved["last"].items())
+    again = new_model(1)
+    assert fit(again, *task(again, 0), tmp_path, config)["step"] == step
     assert same_weights(again, model)
 
 
