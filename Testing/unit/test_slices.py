@@ -134,7 +134,9 @@ def test_evening_out_is_a_gaussian_mean_over_slices_by_their_distance(
     stack = SliceStack.of(Volume(np.zeros((count, 4, 3), dtype=np.float32), matrix))
     maps = np.random.default_rng(seed).random((count, 2, 3, 2)).astype(np.float32)
     found = evened(maps, stack, millimetres)
-    reach = int(3 * millimetres / spacing + 0.5)
+    # in slices, as it is rounded to a whole number of them: three deviations
+    deviation = millimetres / spacing
+    reach = int(3.0 * deviation + 0.5)
     steps = np.arange(-reach, reach + 1)
     weights = np.exp(-((steps * spacing) ** 2) / (2 * millimetres**2))
     for index in range(count):
