@@ -11,7 +11,8 @@ joined in log2(chunks) doublings, then all chunks step again from their true sta
 backward pass does the same the other way round, from the chunks' saved starts: no state is kept between the passes.
 On a CPU every thread works on blocks of channels of its own.
 
-On CUDA the same is one Triton kernel (``selective_scan_triton``). Both are torch operators (``torch.ops.freqseg``), so
+On CUDA the same is one Triton kernel (``selective_scan_triton``); on a CPU, where numba is installed, it is compiled
+loops that walk along time (``selective_scan_numba``). All are torch operators (``torch.ops.freqseg``), so
 ``torch.compile`` takes them as they are.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from threading import local
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from FreqSegLib.device import lasting_threads
 from FreqSegLib.errors import DeviceError, InputError, SettingsError
 
 Result = TypeVar("Result")
-Backend = Literal["auto", "torch", "triton", "mamba_ssm"]
+Backend = Literal["auto", "torch", "numba", "triton", "mamba_ssm"]
 
 LONGEST_CHUNK = 64
 # States that are worked on at once, by each thread: small enough for a CPU's caches, large enough for its vector units.
@@ -64,8 +65,9 @@ def selective_scan(
         delta_bias: (K d,) added to ``delta``.
         delta_softplus: softplus after the bias.
         reversed_from: groups from this one on run from the end to the start, without their tensors being flipped.
-        backend: ``auto`` takes the Triton kernel for tensors on CUDA where Triton is installed, else ``torch``;
-            ``mamba_ssm`` takes that package's kernel, which must be installed.
+        backend: ``auto`` takes the Triton kernel for tensors on CUDA and the loops compiled by numba for tensors on a
+            CPU, where that package is installed and nothing is float64, else ``torch``; ``mamba_ssm`` takes that
+            package's kernel, which must be installed.
 
     Returns:
         (b, K d, l) in the type of ``u``. Computed in float32, or in float64 if an input is float64, whatever autocast
@@ -90,6 +92,8 @@ def selective_scan(
         y = _mamba_ssm(u, delta, A, B, C, D, delta_bias, delta_softplus, first_reversed)
     elif chosen == "triton":
         y, _ = torch.ops.freqseg.selective_scan_triton(u, delta, A, B, C, D, delta_bias, delta_softplus, first_reversed)
+    elif chosen == "numba":
+        y, _ = torch.ops.freqseg.selective_scan_numba(u, delta, A, B, C, D, delta_bias, delta_softplus, first_reversed)
     elif torch.jit.is_tracing() or torch.compiler.is_exporting():
         y = plain_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, first_reversed)
     else:
@@ -141,15 +145,30 @@ def _checked_shapes(
 
 
 def _backend(asked: Backend, u: Tensor) -> str:
-    if asked not in ("auto", "torch", "triton", "mamba_ssm"):
-        raise SettingsError(f"scan backend must be auto, torch, triton or mamba_ssm, got {asked!r}")
+    names = get_args(Backend)
+    if asked not in names:
+        raise SettingsError(f"scan backend must be {', '.join(names[:-1])} or {names[-1]}, got {asked!r}")
     if asked in ("torch", "mamba_ssm"):
         return asked
-    from FreqSegLib.mamba import selective_scan_triton
+    from FreqSegLib.mamba import selective_scan_numba, selective_scan_triton
 
     if asked == "auto":
-        fits = u.is_cuda and u.dtype == torch.float32 and not torch.jit.is_tracing()
-        return "triton" if fits and selective_scan_triton.is_available() else "torch"
+        if u.dtype != torch.float32 or torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return "torch"
+        if u.is_cuda:
+            return "triton" if selective_scan_triton.is_available() else "torch"
+        return "numba" if u.device.type == "cpu" and selective_scan_numba.is_available() else "torch"
+    if asked == "numba":
+        if not selective_scan_numba.is_available():
+            raise DeviceError(
+                "the scan's compiled loops were asked for, but numba is not installed, or does not fit the installed "
+                "NumPy; use 'torch'"
+            )
+        if u.device.type != "cpu" or u.dtype != torch.float32:
+            raise DeviceError(
+                f"the scan's compiled loops take float32 on a CPU, got {u.dtype} on {u.device}; use 'torch'"
+            )
+        return asked
     if not selective_scan_triton.is_available():
         raise DeviceError("the scan's Triton kernel was asked for, but Triton is not installed; use 'torch'")
     if not (u.is_cuda or selective_scan_triton.is_interpreted()):
@@ -517,14 +536,16 @@ def _adjoint(g: Tensor, a: Tensor, share: Tensor) -> None:
         g[t].addcmul_(a[t + 1], g[t + 1])
 
 
-def _fake_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Empty tensors of the results' shapes: y, and the states at the chunks' starts."""
     batch, channels, length = delta.shape
     groups, states = B.shape[1:3]
     chunks = -(-length // chunk_length(length))
-    return torch.empty_like(delta), delta.new_empty(batch * groups, chunks, states, channels // groups)
+    y = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    return y, delta.new_empty(batch * groups, chunks, states, channels // groups)
 
 
-def _fake_backward(
+def fake_backward(
     grad: Tensor, starts: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, A, B, C))
@@ -571,6 +592,6 @@ BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor starts, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
     "bool delta_softplus, int first_reversed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-register("selective_scan", FORWARD_SCHEMA, _forward, _fake_forward)
-register("selective_scan_backward", BACKWARD_SCHEMA, _backward, _fake_backward)
+register("selective_scan", FORWARD_SCHEMA, _forward, fake_forward)
+register("selective_scan_backward", BACKWARD_SCHEMA, _backward, fake_backward)
 torch.library.register_autograd("freqseg::selective_scan", _autograd, setup_context=save_for_backward, lib=LIBRARY)

@@ -22,6 +22,7 @@ from FreqSegLib.mamba.selective_scan import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
     LIBRARY,
+    fake_backward,
     gradients,
     register,
     save_for_backward,
@@ -185,18 +186,12 @@ def _fake_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) ->
     return y, delta.new_empty(delta.shape[0] * groups, chunks, states, width)
 
 
-def _fake_backward(
-    grad: Tensor, starts: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, delta, A, B, C))
-
-
 def _autograd(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, ...]:
     return gradients(ctx, grad, torch.ops.freqseg.selective_scan_triton_backward)
 
 
 register("selective_scan_triton", FORWARD_SCHEMA, _forward, _fake_forward)
-register("selective_scan_triton_backward", BACKWARD_SCHEMA, _backward, _fake_backward)
+register("selective_scan_triton_backward", BACKWARD_SCHEMA, _backward, fake_backward)
 torch.library.register_autograd(
     "freqseg::selective_scan_triton", _autograd, setup_context=save_for_backward, lib=LIBRARY
 )
