@@ -32,6 +32,7 @@ PACKAGES = (
     "scipy",
     "matplotlib",
     "typer",
+    "numba",
 )
 
 

@@ -123,11 +123,12 @@ def requirements_file() -> Path:
     )
 
 
-def requirements(path: Path | None = None) -> tuple[Requirement, ...]:
+def requirements(path: Path | None = None, *, optional: bool = False) -> tuple[Requirement, ...]:
     """Every package FreqSeg needs inside Slicer, torch first.
 
     Args:
         path: another file of the same kind; by default :func:`requirements_file`.
+        optional: in their place those that only make it faster, whose lines end with ``# optional``.
 
     Raises:
         SettingsError: there is no such file, or a line is not ``name`` or ``name>=version``.
@@ -135,25 +136,28 @@ def requirements(path: Path | None = None) -> tuple[Requirement, ...]:
     path = path or requirements_file()
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        wanted = line.partition("#")[0].strip()
-        if wanted:
+        wanted, _, remark = line.partition("#")
+        wanted = wanted.strip()
+        if wanted and optional == (remark.strip() == "optional"):
             found.append(_requirement(wanted, f"{path.name}, line {number}"))
     return tuple(sorted(found, key=lambda one: one.name not in TORCH))
 
 
-def missing_packages(path: Path | None = None, versions: Versions | None = None) -> list[str]:
+def missing_packages(
+    path: Path | None = None, versions: Versions | None = None, *, optional: bool = False
+) -> list[str]:
     """The requirements that are not met, as pip takes them; empty when all are.
 
     Only versions are looked up: nothing is imported.
 
     Args:
-        path: as for :func:`requirements`.
+        path, optional: as for :func:`requirements`.
         versions: another way to look up versions; by default what this Python has installed, looked up anew.
     """
     if versions is None:
         importlib.invalidate_caches()
         versions = installed_version
-    return [str(one) for one in requirements(path) if not one.met_by(versions(one.name))]
+    return [str(one) for one in requirements(path, optional=optional) if not one.met_by(versions(one.name))]
 
 
 def install_plan(missing: Sequence[str]) -> InstallPlan:

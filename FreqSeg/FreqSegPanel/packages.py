@@ -30,17 +30,20 @@ class Packages:
         confirm: Callable[[str], bool] | None = None,
         install: Callable[[str, Path], None] | None = None,
         install_torch: Callable[[str], None] | None = None,
+        optional: Callable[[], Sequence[str]] | None = None,
     ) -> None:
         """Args:
         missing: requirements that are not met, such as ["torch>=2.14", "timm>=1.0"].
         confirm: asks the user.
         install: installs one requirement, within a constraints file.
         install_torch: installs torch and torchvision, of a version such as ">=2.14".
+        optional: requirements that are installed after those where that is possible, such as ["numba>=0.61"].
         """
         self._missing = missing or missing_packages
         self._confirm = confirm or _confirm
         self._install = install or install_package
         self._install_torch = install_torch or install_torch_by_extension
+        self._optional = optional or optional_packages
         self.refused = False
 
     def missing(self) -> list[str]:
@@ -89,6 +92,13 @@ class Packages:
                 logging.exception("FreqSeg: %s could not be installed", name)
                 sentence = _("{name} could not be installed: {error} Press 'Install packages' to try again.")
                 return sentence.format(name=name, error=_one_sentence(error))
+        for requirement in self._optional():
+            say(_("Installing {name} …").format(name=name_of(requirement)))
+            try:
+                with slicer_packages.constraints_file() as constraints:
+                    self._install(requirement, constraints)
+            except Exception:
+                logging.warning("FreqSeg does without %s, which only makes it faster", requirement, exc_info=True)
         left = self.missing()
         if left:
             sentence = _("Still missing: {names}. Restart Slicer, then try again.")
@@ -103,6 +113,14 @@ def missing_packages() -> list[str]:
     from FreqSegLib import slicer_packages
 
     return slicer_packages.missing_packages()
+
+
+def optional_packages() -> list[str]:
+    """What would make FreqSeg faster and this Python lacks."""
+    find_library()
+    from FreqSegLib import slicer_packages
+
+    return slicer_packages.missing_packages(optional=True)
 
 
 def install_package(requirement: str, constraints: Path) -> None:

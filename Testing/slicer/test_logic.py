@@ -277,6 +277,28 @@ def test_packages_are_asked_for_once_and_torch_comes_first(loaded) -> None:
     assert said[0] == "Installing torch (1 of 3) …"
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_only_makes_it_faster_comes_last_and_may_fail(loaded, fits: bool) -> None:
+    from FreqSegPanel.packages import Packages
+
+    missing, faster, tried = ["timm>=1.0"], ["numba>=0.61"], []
+
+    def install(requirement: str, constraints: object) -> None:
+        tried.append(requirement)
+        if requirement in faster and not fits:
+            raise RuntimeError("No matching distribution found for numba")
+        for wanted in (missing, faster):
+            wanted[:] = [one for one in wanted if one != requirement]
+
+    said: list[str] = []
+    chosen = Packages(lambda: missing, lambda question: True, install, None, lambda: list(faster))
+    assert chosen.ensure(said.append) == ""
+    assert tried == ["timm>=1.0", "numba>=0.61"]
+    assert said[-1] == "Installing numba …"
+    assert chosen.ensure(said.append) == ""
+    assert len(tried) == 2
+
+
 def test_a_refusal_is_remembered_until_the_user_asks(loaded) -> None:
     chosen, asked, installed = packages(loaded, ["timm>=1.0"], False)
     sentence = chosen.ensure(lambda text: None)

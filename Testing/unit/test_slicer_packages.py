@@ -217,7 +217,8 @@ def test_nothing_it_pulls_in_replaces_what_slicer_brings() -> None:
 
 def test_every_package_the_worker_may_import_is_there_or_installed() -> None:
     """A package that a new module imports must come with Slicer or stand in requirements.txt."""
-    covered = closure({one.name for one in requirements()}) | {canonicalize_name(one) for one in BROUGHT_BY_SLICER}
+    listed = {one.name for one in (*requirements(), *requirements(optional=True))}
+    covered = closure(listed) | {canonicalize_name(one) for one in BROUGHT_BY_SLICER}
     owners = metadata.packages_distributions()
     lacking = {}
     for name, modules in third_party_imports().items():
@@ -229,6 +230,15 @@ def test_every_package_the_worker_may_import_is_there_or_installed() -> None:
         ):
             lacking[name] = sorted(used)
     assert lacking == {}
+
+
+def test_an_optional_package_is_an_extra_and_never_missed(project_root: Path) -> None:
+    (numba,) = requirements(optional=True)
+    assert f'fast = ["{numba}"]' in (project_root / "pyproject.toml").read_text(encoding="utf-8")
+    assert numba not in requirements()
+    lacking = {one.name: re.sub(r"[^\d.]", "", one.specifier) or "1.0" for one in requirements()}
+    assert missing_packages(versions=lacking.get) == []
+    assert missing_packages(versions=lacking.get, optional=True) == ["numba>=0.61"]
 
 
 def test_nothing_is_installed_that_the_library_does_not_import() -> None:
