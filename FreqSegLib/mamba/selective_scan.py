@@ -569,10 +569,6 @@ def gradients(ctx: Any, grad: Tensor, operator: Any) -> tuple[Any, ...]:
     return grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, None, None
 
 
-def _autograd(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, ...]:
-    return gradients(ctx, grad, torch.ops.freqseg.selective_scan_backward)
-
-
 def register(name: str, schema: str, work: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Make ``work`` a torch operator of the library ``freqseg``, on every device.
 
@@ -592,6 +588,26 @@ BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor starts, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, "
     "bool delta_softplus, int first_reversed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-register("selective_scan", FORWARD_SCHEMA, _forward, fake_forward)
-register("selective_scan_backward", BACKWARD_SCHEMA, _backward, fake_backward)
-torch.library.register_autograd("freqseg::selective_scan", _autograd, setup_context=save_for_backward, lib=LIBRARY)
+
+
+def register_scan(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], fake: Callable[..., Any] = fake_forward
+) -> None:
+    """A scan as the operators ``name`` and ``name_backward``, joined for autograd.
+
+    Args:
+        name: of the operator.
+        forward, backward: as :func:`_forward` and :func:`_backward`.
+        fake: empty tensors of the shapes that ``forward`` returns.
+    """
+    register(name, FORWARD_SCHEMA, forward, fake)
+    register(f"{name}_backward", BACKWARD_SCHEMA, backward, fake_backward)
+    back = getattr(torch.ops.freqseg, f"{name}_backward")
+
+    def autograd(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, ...]:
+        return gradients(ctx, grad, back)
+
+    torch.library.register_autograd(f"freqseg::{name}", autograd, setup_context=save_for_backward, lib=LIBRARY)
+
+
+register_scan("selective_scan", _forward, _backward)

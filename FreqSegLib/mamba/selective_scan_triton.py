@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from FreqSegLib.mamba.selective_scan import (
-    BACKWARD_SCHEMA,
-    FORWARD_SCHEMA,
-    LIBRARY,
-    fake_backward,
-    gradients,
-    register,
-    save_for_backward,
-)
+from FreqSegLib.mamba.selective_scan import register_scan
 
 CHUNK = 64
 CHANNELS_AT_ONCE = 2
@@ -186,12 +178,4 @@ def _fake_forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) ->
     return y, delta.new_empty(delta.shape[0] * groups, chunks, states, width)
 
 
-def _autograd(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, ...]:
-    return gradients(ctx, grad, torch.ops.freqseg.selective_scan_triton_backward)
-
-
-register("selective_scan_triton", FORWARD_SCHEMA, _forward, _fake_forward)
-register("selective_scan_triton_backward", BACKWARD_SCHEMA, _backward, fake_backward)
-torch.library.register_autograd(
-    "freqseg::selective_scan_triton", _autograd, setup_context=save_for_backward, lib=LIBRARY
-)
+register_scan("selective_scan_triton", _forward, _backward, _fake_forward)
