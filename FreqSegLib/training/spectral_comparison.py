@@ -34,6 +34,8 @@ from FreqSegLib.training.spectral_recipe import SpectralTraining, build_network
 from FreqSegLib.training.spectral_test import DIGITS, METRICS, scored, spread
 from FreqSegLib.training.unet_peer import UNetPeer
 
+# of a configuration: what changes nothing in its networks
+WORDS = ("name", "description", "licence")
 OWN = "SpectralVMUNet"
 ABLATIONS = {
     "no spectral path": (False, True),
@@ -212,7 +214,7 @@ def _run(
     about = json.loads(json.dumps({"recipe": asdict(recipe), "network": name, "noise": list(noise)}))
     if done.exists():
         kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        if kept["about"] != about:
+        if _deciding(kept["about"]) != _deciding(about):
             raise SettingsError(f"{folder} holds a run of another configuration; take it away, or give another folder")
         return kept
     torch.manual_seed(recipe.training.seed)
@@ -243,16 +245,24 @@ def _run(
     return row
 
 
+def _deciding(about: dict[str, Any]) -> dict[str, Any]:
+    """What a run came from, without the words that change nothing in it."""
+    return {**about, "recipe": {key: value for key, value in about["recipe"].items() if key not in WORDS}}
+
+
 def table(rows: Sequence[dict[str, Any]], noise: str = "0") -> str:
     """Markdown: a network a line, mean ± sd over test images (each the mean of its classes and of the seeds).
 
-    Where more than one seed was run, the sd of the seeds' means follows. The last column tests DSC against the first
-    network, image by image.
+    Where more than one seed was run, the sd of the seeds' means follows. The validation score is the one that chose the
+    checkpoint. The last column tests DSC against the first network, image by image.
     """
     names = list(dict.fromkeys(row["network"] for row in rows))
     values = {name: _by_case([row for row in rows if row["network"] == name], noise) for name in names}
-    head = "| network | parameters | seeds | DSC | NSD | HD95 | boundary IoU | minutes | DSC against the first |"
-    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+    titles = ["network", "parameters", "seeds", "DSC", "NSD", "HD95", "boundary IoU", "validation DSC", "minutes"]
+    lines = [
+        f"| {' | '.join(titles)} | DSC against the first |",
+        f"| --- | {' | '.join(['---:'] * (len(titles) - 1))} | --- |",
+    ]
     for name in names:
         own = [row for row in rows if row["network"] == name]
         cells = [_cell(values[name], [_by_case([row], noise) for row in own], metric) for metric in METRICS]
@@ -264,8 +274,9 @@ def table(rows: Sequence[dict[str, Any]], noise: str = "0") -> str:
             gap = test.difference
             against = f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f}), p = {test.p:.2g}"
         minutes = np.mean([row["seconds"] for row in own]) / 60
-        parameters = f"{own[0]['parameters'] / 1e6:.2f} M"
-        lines.append(f"| {name} | {parameters} | {len(own)} | {' | '.join(cells)} | {minutes:.0f} | {against} |")
+        cells = [f"{own[0]['parameters'] / 1e6:.2f} M", str(len(own)), *cells]
+        cells += [f"{np.mean([row['validation'] for row in own]):.3f}", f"{minutes:.0f}", against]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -132,6 +132,9 @@ def test_every_network_is_measured_on_the_test_images_and_a_finished_run_is_read
     assert "p = " in lines[3]
     mean = np.mean([score["dsc"] for row in rows if row["network"] == "UNet" for score in row["test"]["0"]])
     assert f"| {mean:.3f} ± " in lines[3]
+    validation = np.mean([row["validation"] for row in rows if row["network"] == "UNet"])
+    assert lines[0].split(" | ")[7] == "validation DSC"
+    assert lines[3].split(" | ")[7] == f"{validation:.3f}"
     # header, and four images at two noise levels for each of four runs
     assert len(as_csv(rows).splitlines()) == 1 + 4 * 2 * 4
 
@@ -139,6 +142,9 @@ def test_every_network_is_measured_on_the_test_images_and_a_finished_run_is_read
         raise AssertionError("trained again")
 
     monkeypatch.setattr(spectral_comparison, "SpectralTraining", refuse)
+    assert compare(config, tmp_path / "work", networks=networks, seeds=(0, 1), noise=(0.1,)) == rows
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "description": "other words"}))
     assert compare(config, tmp_path / "work", networks=networks, seeds=(0, 1), noise=(0.1,)) == rows
     with pytest.raises(SettingsError, match="another configuration"):
         compare(config, tmp_path / "work", networks=networks, noise=(0.2,))
