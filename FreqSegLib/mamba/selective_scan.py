@@ -157,9 +157,9 @@ def _backend(asked: Backend, u: Tensor) -> str:
             return "torch"
         if u.is_cuda:
             return "triton" if selective_scan_triton.is_available() else "torch"
-        return "numba" if u.device.type == "cpu" and selective_scan_numba.is_available() else "torch"
+        return "numba" if u.device.type == "cpu" and selective_scan_numba.is_installed() else "torch"
     if asked == "numba":
-        if not selective_scan_numba.is_available():
+        if selective_scan_numba.loops() is None:
             raise DeviceError(
                 "the scan's compiled loops were asked for, but numba is not installed, or does not fit the installed "
                 "NumPy; use 'torch'"
@@ -403,7 +403,7 @@ class _Problem:
         return delta if self.bias is None else delta + self.bias[self.group[groups], channels]
 
 
-def _forward(
+def chunks_forward(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -447,7 +447,7 @@ def _step_through(h: Tensor, a: Tensor, start: Tensor) -> None:
         h[t].addcmul_(a[t], h[t - 1])
 
 
-def _backward(
+def chunks_backward(
     grad: Tensor,
     starts: Tensor,
     u: Tensor,
@@ -597,12 +597,12 @@ def register_scan(
 
     Args:
         name: of the operator.
-        forward, backward: as :func:`_forward` and :func:`_backward`.
+        forward, backward: as :func:`chunks_forward` and :func:`chunks_backward`.
         fake: empty tensors of the shapes that ``forward`` returns.
     """
     register(name, FORWARD_SCHEMA, forward, fake)
-    register(f"{name}_backward", BACKWARD_SCHEMA, backward, fake_backward)
-    back = getattr(torch.ops.freqseg, f"{name}_backward")
+    register(f"{name}chunks_backward", BACKWARD_SCHEMA, backward, fake_backward)
+    back = getattr(torch.ops.freqseg, f"{name}chunks_backward")
 
     def autograd(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, ...]:
         return gradients(ctx, grad, back)
@@ -610,4 +610,4 @@ def register_scan(
     torch.library.register_autograd(f"freqseg::{name}", autograd, setup_context=save_for_backward, lib=LIBRARY)
 
 
-register_scan("selective_scan", _forward, _backward)
+register_scan("selective_scan", chunks_forward, chunks_backward)

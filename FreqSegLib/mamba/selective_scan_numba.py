@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from itertools import starmap
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 from FreqSegLib.device import lasting_threads
-from FreqSegLib.mamba.selective_scan import FEWEST_STATES, chunk_length, fake_forward, register_scan
+from FreqSegLib.mamba.selective_scan import (
+    FEWEST_STATES,
+    chunk_length,
+    chunks_backward,
+    chunks_forward,
+    fake_forward,
+    register_scan,
+)
 
 LANES = 16
 """Channels that the loops work on at once."""
@@ -35,9 +43,9 @@ def loops() -> ModuleType | None:
     return selective_scan_loops
 
 
-def is_available() -> bool:
-    """Can numba be loaded here? The first answer takes a second."""
-    return loops() is not None
+def is_installed() -> bool:
+    """Is numba there? It may still not load; then the operators below do the chunks in torch."""
+    return find_spec("numba") is not None
 
 
 class _Work:
@@ -117,7 +125,8 @@ def _array(x: Tensor, *shape: int) -> Any:
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Returns: y (b, K d, l), and the states at the chunks' starts (b K, M, n, d)."""
     compiled = loops()
-    assert compiled is not None
+    if compiled is None:
+        return chunks_forward(u, delta, A, B, *rest)
     work = _Work(u, delta, A, B, *rest)
     y, starts = fake_forward(u, delta, A, B)
     results = _array(y, work.all, work.width, work.length), starts.numpy()
@@ -134,7 +143,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns: gradients of u, delta (before bias and softplus), A, B, C."""
     compiled = loops()
-    assert compiled is not None
+    if compiled is None:
+        return chunks_backward(grad, starts, u, delta, A, B, *rest)
     work = _Work(u, delta, A, B, *rest)
     wanted, starts_ = _array(grad, work.all, work.width, work.length), _array(starts, *starts.shape)
     grad_u, grad_delta = delta.new_empty(wanted.shape), delta.new_empty(wanted.shape)

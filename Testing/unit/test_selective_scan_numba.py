@@ -181,6 +181,16 @@ def test_without_numba_the_chunks_in_torch_do_it() -> None:
     assert "numba is not installed" in done.stdout
 
 
+def test_a_numba_that_does_not_load_leaves_it_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(21, width=18, dtype=torch.float32)
+    wanted = with_gradients(selective_scan(*inputs, delta_softplus=True, backend="torch"), inputs)
+    monkeypatch.setattr(compiled, "loops", lambda: None)
+    found = with_gradients(selective_scan(*inputs, delta_softplus=True), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    with pytest.raises(DeviceError, match="does not fit the installed NumPy"):
+        selective_scan(*inputs, backend="numba")
+
+
 def test_a_computer_without_a_place_for_compiled_code_compiles_without_keeping_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
