@@ -601,8 +601,8 @@ def register_scan(
         fake: empty tensors of the shapes that ``forward`` returns.
     """
     register(name, FORWARD_SCHEMA, forward, fake)
-    register(f"{name}chunks_backward", BACKWARD_SCHEMA, backward, fake_backward)
-    back = getattr(torch.ops.freqseg, f"{name}chunks_backward")
+    register(f"{name}_backward", BACKWARD_SCHEMA, backward, fake_backward)
+    back = getattr(torch.ops.freqseg, f"{name}_backward")
 
     def autograd(ctx: Any, grad: Tensor, unused: Tensor | None) -> tuple[Any, ...]:
         return gradients(ctx, grad, back)

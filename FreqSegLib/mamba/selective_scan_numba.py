@@ -40,7 +40,19 @@ def loops() -> ModuleType | None:
     except Exception:
         logging.getLogger(__name__).warning("numba cannot be used; the scan runs in torch", exc_info=True)
         return None
-    return selective_scan_loops
+    from numba import config
+
+    return None if _BROKEN or config.DISABLE_JIT else selective_scan_loops
+
+
+_BROKEN: list[BaseException] = []
+
+
+def _gives_up(error: Exception) -> None:
+    """Compiling failed, or reading or writing what was compiled (a broken file, a full disk): torch from now on."""
+    _BROKEN.append(error)
+    loops.cache_clear()
+    logging.getLogger(__name__).warning("numba cannot be used; the scan runs in torch", exc_info=error)
 
 
 def is_installed() -> bool:
@@ -88,7 +100,7 @@ class _Work:
 
     def _vectors(self, values: Tensor | None) -> Any:
         """(K d,) as (K, d + 16) with zeros behind; zeros for None."""
-        padded = torch.zeros(self.groups, self.width + LANES)
+        padded = torch.zeros(self.groups, self.width + LANES, dtype=torch.float32)
         if values is not None:
             padded[:, : self.width] = values.detach().view(self.groups, self.width)
         return padded.numpy()
@@ -130,11 +142,15 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tupl
     work = _Work(u, delta, A, B, *rest)
     y, starts = fake_forward(u, delta, A, B)
     results = _array(y, work.all, work.width, work.length), starts.numpy()
-    work.run(
-        lambda group, number, first, last: compiled.forward(
-            *work.inputs(group, first, last), *(x[group] for x in results)
+    try:
+        work.run(
+            lambda group, number, first, last: compiled.forward(
+                *work.inputs(group, first, last), *(x[group] for x in results)
+            )
         )
-    )
+    except Exception as error:
+        _gives_up(error)
+        return chunks_forward(u, delta, A, B, *rest)
     return y, starts
 
 
@@ -152,15 +168,19 @@ def _backward(
     grad_B, grad_C = delta.new_empty(2, len(work.sections), work.all, work.states, work.length)
     own = [x.numpy() for x in (grad_u, grad_delta, grad_A)]
     shared = [x.numpy() for x in (grad_B, grad_C)]
-    work.run(
-        lambda group, number, first, last: compiled.backward(
-            wanted[group],
-            starts_[group],
-            *work.inputs(group, first, last),
-            *(x[group] for x in own),
-            *(x[number, group] for x in shared),
+    try:
+        work.run(
+            lambda group, number, first, last: compiled.backward(
+                wanted[group],
+                starts_[group],
+                *work.inputs(group, first, last),
+                *(x[group] for x in own),
+                *(x[number, group] for x in shared),
+            )
         )
-    )
+    except Exception as error:
+        _gives_up(error)
+        return chunks_backward(grad, starts, u, delta, A, B, *rest)
     # groups share inputs, batch items share A, sections share B and C: summed in order, the same every time
     return (
         grad_u.view(work.batch, -1, *u.shape[1:]).sum(1),

@@ -191,6 +191,38 @@ def test_a_numba_that_does_not_load_leaves_it_to_torch(monkeypatch: pytest.Monke
         selective_scan(*inputs, backend="numba")
 
 
+def test_compiled_code_that_cannot_be_read_leaves_it_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise EOFError("Ran out of input")
+
+    inputs = problem(21, width=18, dtype=torch.float32)
+    wanted = with_gradients(selective_scan(*inputs, delta_softplus=True, backend="torch"), inputs)
+    monkeypatch.setattr(compiled, "_BROKEN", [])
+    try:
+        for name in ("backward", "forward"):
+            compiled._BROKEN.clear()
+            compiled.loops.cache_clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(loops, name, broken)
+                found = with_gradients(selective_scan(*inputs, delta_softplus=True), inputs)
+            assert_same(found, wanted, 2e-6)
+            assert compiled.loops() is None
+    finally:
+        compiled._BROKEN.clear()
+        compiled.loops.cache_clear()
+
+
+def test_another_default_type_changes_nothing() -> None:
+    inputs = problem(21, width=18, dtype=torch.float32)
+    wanted = with_gradients(selective_scan(*inputs, delta_softplus=True, backend="numba"), inputs)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = with_gradients(selective_scan(*inputs, delta_softplus=True, backend="numba"), inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, wanted, 1e-6)
+
+
 def test_a_computer_without_a_place_for_compiled_code_compiles_without_keeping_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
