@@ -27,7 +27,7 @@ from FreqSegLib.mamba.selective_scan import (
 )
 
 LANES = 16
-"""Channels that the loops work on at once."""
+"""Channels that the loops work on at once. What numba keeps on disk does not notice a change here: delete it then."""
 
 
 @cache
@@ -148,6 +148,8 @@ def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tupl
                 *work.inputs(group, first, last), *(x[group] for x in results)
             )
         )
+    except MemoryError:
+        raise
     except Exception as error:
         _gives_up(error)
         return chunks_forward(u, delta, A, B, *rest)
@@ -178,6 +180,8 @@ def _backward(
                 *(x[number, group] for x in shared),
             )
         )
+    except MemoryError:
+        raise
     except Exception as error:
         _gives_up(error)
         return chunks_backward(grad, starts, u, delta, A, B, *rest)
