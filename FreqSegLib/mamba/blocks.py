@@ -1,4 +1,4 @@
-"""The blocks SpectralVMUNet is built of; all work on channels-last images (b, h, w, c) or volumes (b, z, h, w, c)."""
+"""The blocks SpectralVMUNet is built of, on channels-last images (b, h, w, c) or volumes (b, z, h, w, c)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.mamba.selective_scan import Backend
@@ -116,6 +117,30 @@ class SpectralVSSBlock(VSSBlock):
         return x + spatial + frequency
 
 
+class Stage(nn.Module):
+    """Blocks at one resolution, and the step to the next one (None at the last).
+
+    Args:
+        blocks: of the stage.
+        downsample: halves the resolution.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features through the blocks, at the same resolution."""
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches by a strided convolution, and a norm; the image is padded to whole patches.
 
@@ -128,8 +153,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels: int, channels: int, patch_size: Sequence[int]) -> None:
         super().__init__()
         self.patch_size: Any = tuple(patch_size)
-        convolution = nn.Conv2d if len(self.patch_size) == 2 else nn.Conv3d
-        self.proj: nn.Module = convolution(in_channels, channels, self.patch_size, stride=self.patch_size)
+        self.proj: nn.Module = convolution(len(self.patch_size))(
+            in_channels, channels, self.patch_size, stride=self.patch_size
+        )
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,3 +220,8 @@ class PatchExpanding(nn.Module):
         for axis, side in enumerate(size, start=1):
             x = x.narrow(axis, 0, side)
         return self.norm(x)
+
+
+def convolution(dimensions: int) -> Any:
+    """The class for images (2) or volumes (3)."""
+    return nn.Conv2d if dimensions == 2 else nn.Conv3d

@@ -19,6 +19,7 @@ MODEL_FILE, WEIGHTS_FILE = "model.json", "model.safetensors"
 FORMAT = 1
 
 Form = Literal["image", "slices", "volume"]
+Stem = Literal["patches", "convolutions"]
 Config = TypeVar("Config")
 
 COLORS = (
@@ -48,6 +49,7 @@ class ModelConfig:
     d_state: int = 16
     ssm_ratio: float = 2.0
     mlp_ratio: float = 2.0
+    stem: Stem = "patches"
     detail_channels: int = 16
     drop_path: float = 0.0
     dropout: float = 0.0

@@ -1,50 +1,36 @@
 """SpectralVMUNet: a U-shaped network of spectral VSS blocks for images and volumes.
 
-After VM-UNet (Ruan & Xiang, 2024), with a frequency path in every block and a shallow branch at full resolution, since
-a stem of 4 x 4 patches alone cannot place a boundary within a patch.
+After VM-UNet (Ruan & Xiang, 2024), with a frequency path in every block. A stem of 4 x 4 patches alone cannot place a
+boundary within a patch, so there is a shallow branch at full resolution beside it, or residual convolutions in its
+place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from FreqSegLib.checkpoint import load_exactly, read_state_dict
 from FreqSegLib.errors import InputError, SettingsError
-from FreqSegLib.mamba.blocks import PatchEmbed, PatchExpanding, PatchMerging, SpectralVSSBlock, VSSBlock
+from FreqSegLib.mamba.blocks import (
+    PatchEmbed,
+    PatchExpanding,
+    PatchMerging,
+    SpectralVSSBlock,
+    Stage,
+    VSSBlock,
+    convolution,
+)
+from FreqSegLib.mamba.model_config import Stem
+from FreqSegLib.mamba.residual import ResidualDecoder, ResidualStem, halvings
 from FreqSegLib.mamba.selective_scan import Backend
 
 LARGEST_FILTER = {2: 32, 3: 8}
 SMALLEST_FILTER = 4
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, and the step to the next one (None at the last).
-
-    Args:
-        blocks: of the stage.
-        downsample: halves the resolution.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, *size, c) through the blocks, at the same resolution."""
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
 
 
 class VMambaEncoder(nn.Module):
@@ -98,7 +84,11 @@ class SpectralVMUNet(nn.Module):
         filter_size: most frequencies of a filter along an axis; 32 for images and 8 for volumes if None.
         d_state, ssm_ratio: of SS2D.
         mlp_ratio: of the frequency path's hidden layer.
-        detail_channels: of the branch at full resolution; 0 leaves it out.
+        stem: ``patches`` embeds whole patches (VMamba's), with a branch at full resolution beside everything;
+            ``convolutions`` comes to the same resolution by residual blocks and strides of 2, and goes back that way,
+            as in SegResNet and U-Mamba.
+        detail_channels: of the branch at full resolution, where 0 leaves it out; or of the convolutions at full
+            resolution, doubled at each halving.
         drop_path: stochastic depth of the last block; rises linearly from 0.
         dropout: of whole channels before the decoder's stages and the head; what MC dropout draws from.
         checkpointing: recompute blocks in the backward pass instead of keeping their activations.
@@ -124,6 +114,7 @@ class SpectralVMUNet(nn.Module):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         mlp_ratio: float = 2.0,
+        stem: Stem = "patches",
         detail_channels: int = 16,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -134,6 +125,12 @@ class SpectralVMUNet(nn.Module):
         depths = [depth] * num_stages if isinstance(depth, int) else list(depth)
         patch = (patch_size,) * dimensions if isinstance(patch_size, int) else tuple(patch_size)
         _check(in_channels, out_channels, img_size, base_channels, num_stages, depths, dimensions, patch)
+        if stem not in get_args(Stem):
+            raise SettingsError(f"stem must be one of {', '.join(get_args(Stem))}, got {stem!r}")
+        if detail_channels < (stem == "convolutions"):
+            raise SettingsError(
+                f"detail_channels must be at least {int(stem == 'convolutions')}, got {detail_channels}"
+            )
         if not (0 <= dropout < 1 and 0 <= drop_path < 1):
             raise SettingsError(f"dropout and drop_path must lie in [0, 1), got {dropout} and {drop_path}")
         self.in_channels, self.out_channels, self.dimensions, self.patch_size = (
@@ -168,18 +165,25 @@ class SpectralVMUNet(nn.Module):
             own = rates[sum(depths[:stage]) : sum(depths[: stage + 1])]
             merging = PatchMerging(base_channels * 2**stage, dimensions) if stage < num_stages - 1 else None
             layers.append(Stage(blocks(stage, own), merging))
-        self.encoder = VMambaEncoder(PatchEmbed(in_channels, base_channels, patch), layers)
+        strides = halvings(patch) if stem == "convolutions" else [patch]
+        self.stem = ResidualStem(in_channels, detail_channels, strides) if stem == "convolutions" else None
+        embedded = in_channels if self.stem is None else self.stem.widths[-1]
+        self.encoder = VMambaEncoder(PatchEmbed(embedded, base_channels, strides[-1]), layers)
         self.bottleneck = Stage(blocks(num_stages - 1, [drop_path]))
         again = [0.0] * min(depths)
         self.decoder = nn.ModuleList(
             DecoderStage(base_channels * 2**stage, Stage(blocks(stage, again)), (2,) * dimensions)
             for stage in range(num_stages - 2, -1, -1)
         )
-        fine = max(detail_channels, base_channels // 2)
-        self.final = PatchExpanding(base_channels, fine, patch)
-        self.detail = _convolutions(dimensions, in_channels, detail_channels, 2) if detail_channels else None
-        self.refine = _convolutions(dimensions, fine + detail_channels, fine, 1)
-        self.head = _convolution(dimensions)(fine, out_channels, 1)
+        if self.stem is not None:
+            fine = detail_channels
+            self.to_full = ResidualDecoder(base_channels, self.stem.widths, strides)
+        else:
+            fine = max(detail_channels, base_channels // 2)
+            self.final = PatchExpanding(base_channels, fine, patch)
+            self.detail = _convolutions(dimensions, in_channels, detail_channels, 2) if detail_channels else None
+            self.refine = _convolutions(dimensions, fine + detail_channels, fine, 1)
+        self.head = convolution(dimensions)(fine, out_channels, 1)
         self.drop = nn.Dropout(dropout)
         self.set_checkpointing(checkpointing)
 
@@ -197,11 +201,15 @@ class SpectralVMUNet(nn.Module):
         """
         self._check_input(x)
         size = tuple(x.shape[2:])
-        features = self.encoder(x)
+        fine = [] if self.stem is None else self.stem(x)
+        features = self.encoder(fine[-1] if fine else x)
         y = self.bottleneck(features.pop())
         for stage, skip in zip(self.decoder, reversed(features), strict=True):
             y = stage(self._drop_channels(y), skip)
-        y = self.final(self._drop_channels(y), size).movedim(-1, 1)
+        y = self._drop_channels(y)
+        if fine:
+            return self.head(self.to_full(y, fine))
+        y = self.final(y, size).movedim(-1, 1)
         if self.detail is not None:
             y = torch.cat([y, self.detail(x)], 1)
         return self.head(self.refine(y))
@@ -304,15 +312,11 @@ def _check(
         raise SettingsError(f"patch_size must be {dimensions} numbers of at least 1, got {tuple(patch)}")
 
 
-def _convolution(dimensions: int) -> Any:
-    return nn.Conv2d if dimensions == 2 else nn.Conv3d
-
-
 def _convolutions(dimensions: int, in_channels: int, channels: int, count: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(count):
         layers += [
-            _convolution(dimensions)(in_channels if index == 0 else channels, channels, 3, padding=1),
+            convolution(dimensions)(in_channels if index == 0 else channels, channels, 3, padding=1),
             nn.GroupNorm(1, channels),
             nn.GELU(),
         ]

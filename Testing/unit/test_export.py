@@ -68,8 +68,11 @@ def image() -> Tensor:
     return torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(7))
 
 
-def test_torchscript_and_torch_export_give_the_same_numbers_when_loaded_again(tmp_path: Path, image: Tensor) -> None:
-    model = described()
+@pytest.mark.parametrize("stem", ["patches", "convolutions"])
+def test_torchscript_and_torch_export_give_the_same_numbers_when_loaded_again(
+    tmp_path: Path, image: Tensor, stem: str
+) -> None:
+    model = described(stem=stem)
     folder = write_model(tmp_path / "made-up", model)
     done = export_model(folder, tmp_path / "out", ["torch-export", "torchscript"])
     assert [one.format for one in done] == ["torchscript", "torch-export"]
@@ -89,9 +92,10 @@ def test_torchscript_and_torch_export_give_the_same_numbers_when_loaded_again(tm
 
 
 @needs_onnx
-def test_onnx_gives_the_same_numbers_and_8_bits_cost_what_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stem", ["patches", "convolutions"])
+def test_onnx_gives_the_same_numbers_and_8_bits_cost_what_is_told(tmp_path: Path, stem: str) -> None:
     """Wide enough that weights are most of the file."""
-    model = described(base_channels=48)
+    model = described(base_channels=48, stem=stem)
     picture = Volume(np.random.default_rng(0).integers(0, 255, (1, 30, 20)).astype(np.uint8), np.eye(4))
     picture = replace(picture, spatial_dimension=2)
     picture.write(tmp_path / "picture.png")

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from FreqSegLib.errors import InputError, SettingsError, WeightsError
+from FreqSegLib.mamba.residual import ResidualBlock, halvings
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet, load_vmamba_encoder
+
+STEMS = ("patches", "convolutions")
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +39,10 @@ def test_the_defaults_have_the_parameters_they_should() -> None:
     assert 15e6 < sum(parameter.numel() for parameter in model.parameters()) < 30e6
 
 
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("size", [(4, 4), (5, 9), (32, 32), (35, 50), (1, 40)])
-def test_any_image_size_comes_back_or_is_refused(size: tuple[int, int]) -> None:
-    model = small().eval()
+def test_any_image_size_comes_back_or_is_refused(size: tuple[int, int], stem: str) -> None:
+    model = small(stem=stem).eval()
     image = torch.randn(2, 1, *size)
     if min(size) < 4:
         with pytest.raises(InputError, match="at least one patch"):
@@ -49,15 +53,19 @@ def test_any_image_size_comes_back_or_is_refused(size: tuple[int, int]) -> None:
     assert torch.isfinite(found).all()
 
 
-def test_volumes_with_a_coarse_axis() -> None:
-    model = small(dimensions=3, patch_size=(1, 2, 2), num_stages=2, out_channels=2).eval()
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 4, 4)])
+def test_volumes_with_a_coarse_axis(stem: str, patch: tuple[int, ...]) -> None:
+    model = small(dimensions=3, patch_size=patch, num_stages=2, out_channels=2, stem=stem).eval()
     found = model(torch.randn(1, 1, 5, 9, 10))
     assert found.shape == (1, 2, 5, 9, 10)
     found.sum().backward()
+    assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in model.parameters())
 
 
-def test_in_use_it_is_deterministic_and_a_batch_changes_nothing() -> None:
-    model = open_gates(small(dropout=0.3, drop_path=0.2)).eval()
+@pytest.mark.parametrize("stem", STEMS)
+def test_in_use_it_is_deterministic_and_a_batch_changes_nothing(stem: str) -> None:
+    model = open_gates(small(dropout=0.3, drop_path=0.2, stem=stem)).eval()
     images = torch.randn(3, 1, 20, 24)
     with torch.no_grad():
         assert torch.equal(model(images), model(images))
@@ -75,9 +83,10 @@ def test_dropout_leaves_out_whole_channels_in_training_only() -> None:
     assert 0.2 < float((kept == 0).float().mean()) < 0.8
 
 
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_checkpointing_gives_the_same_gradients(dimensions: int) -> None:
-    model = open_gates(small(dimensions=dimensions, num_stages=2, dropout=0.2, drop_path=0.2))
+def test_checkpointing_gives_the_same_gradients(dimensions: int, stem: str) -> None:
+    model = open_gates(small(dimensions=dimensions, num_stages=2, dropout=0.2, drop_path=0.2, stem=stem))
     image = torch.randn(1, 1, *(8,) * dimensions)
     gradients = []
     for on in (False, True):
@@ -92,14 +101,29 @@ def test_checkpointing_gives_the_same_gradients(dimensions: int) -> None:
     assert all(torch.allclose(value, gradients[1][name], atol=1e-6) for name, value in gradients[0].items())
 
 
-def test_it_learns_a_shape() -> None:
-    model = small(out_channels=2)
+@pytest.mark.parametrize("stem", STEMS)
+def test_checkpointing_keeps_fewer_activations(stem: str) -> None:
+    model = small(stem=stem, detail_channels=8)
+    image = torch.randn(1, 1, 32, 32)
+    kept = []
+    for on in (False, True):
+        model.set_checkpointing(on)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            model(image)
+        kept.append(sum(sizes))
+    assert kept[1] < (0.6 if stem == "convolutions" else 0.9) * kept[0]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_it_learns_a_shape(stem: str) -> None:
+    model = small(out_channels=2, stem=stem)
     image = torch.zeros(1, 1, 16, 16)
     image[..., 3:9, 5:12] = 1
     target = image[:, 0].long()
     optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(40):
         loss = torch.nn.functional.cross_entropy(model(image), target)
         optimiser.zero_grad()
         loss.backward()
@@ -108,8 +132,9 @@ def test_it_learns_a_shape() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
-def test_float64_stays_and_autocast_gives_nearly_the_same() -> None:
-    model = open_gates(small()).eval()
+@pytest.mark.parametrize("stem", STEMS)
+def test_float64_stays_and_autocast_gives_nearly_the_same(stem: str) -> None:
+    model = open_gates(small(stem=stem)).eval()
     image = torch.rand(1, 1, 16, 16)
     with torch.no_grad():
         exact = model.double()(image.double())
@@ -202,6 +227,11 @@ def test_other_sizes_are_refused_by_key_and_shape() -> None:
         ({"patch_size": (4, 4, 4)}, "patch_size must be 2 numbers"),
         ({"dropout": 1.0}, "dropout and drop_path"),
         ({"dimensions": 4}, "dimensions must be 2 or 3"),
+        ({"stem": "patch"}, "stem must be one of patches, convolutions, got 'patch'"),
+        ({"stem": "convolutions", "detail_channels": 0}, "detail_channels must be at least 1, got 0"),
+        ({"detail_channels": -1}, "detail_channels must be at least 0, got -1"),
+        ({"stem": "convolutions", "patch_size": 6}, r"patches of 2, 4, 8, ... pixels, got \(6, 6\)"),
+        ({"stem": "convolutions", "patch_size": 1}, r"patches of 2, 4, 8, ... pixels, got \(1, 1\)"),
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict[str, object], said: str) -> None:
@@ -214,9 +244,32 @@ def test_a_wrong_number_of_channels_is_named() -> None:
         small()(torch.zeros(1, 3, 16, 16))
 
 
+def test_a_patch_is_halved_step_by_step_and_its_coarse_axis_last() -> None:
+    assert halvings((4, 4)) == [(2, 2), (2, 2)]
+    assert halvings((1, 2, 2)) == [(1, 2, 2)]
+    assert halvings((2, 8, 4)) == [(1, 2, 1), (1, 2, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_the_residual_block_is_monais(dimensions: int) -> None:
+    from monai.networks.blocks.segresnet_block import ResBlock
+
+    ours = ResidualBlock(16, dimensions)
+    theirs = ResBlock(dimensions, 16, norm=("GROUP", {"num_groups": 8}))
+    theirs.load_state_dict(
+        {
+            key.replace("conv1", "conv1.conv").replace("conv2", "conv2.conv"): value
+            for key, value in ours.state_dict().items()
+        }
+    )
+    image = torch.randn(2, 16, *(7,) * dimensions)
+    assert torch.allclose(ours(image), theirs(image.clone()), atol=1e-6)
+
+
 @pytest.mark.slow
-def test_torch_compile_takes_the_network() -> None:
-    model = open_gates(small(num_stages=2)).eval()
+@pytest.mark.parametrize("stem", STEMS)
+def test_torch_compile_takes_the_network(stem: str) -> None:
+    model = open_gates(small(num_stages=2, stem=stem)).eval()
     image = torch.randn(1, 1, 16, 16)
     with torch.no_grad():
         assert torch.allclose(torch.compile(model, backend="aot_eager")(image), model(image), atol=1e-5)
