@@ -340,7 +340,7 @@ class SpectralTraining:
             "",
             f"- Classes: {', '.join(recipe.data.classes)}",
             f"- Input: {recipe.input.form}, intensity {recipe.input.intensity}",
-            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters{_left_out(recipe)}, stored as "
+            f"- SpectralVMUNet with {parameters / 1e6:.2f} M parameters{_variant(recipe)}, stored as "
             f"{recipe.training.stored}",
             f"- Trained on {len({item.case for item in self.batches.items})} cases of {recipe.data.images}, seed "
             f"{recipe.training.seed}, best after {best['step']:.0f} steps, {best['seconds'] / 60:.0f} minutes; "
@@ -375,11 +375,13 @@ class SpectralTraining:
         return SummaryWriter(str(self.work / "tensorboard"))
 
 
-def _left_out(recipe: SpectralRecipe) -> str:
-    """What the method's name promises and this model goes without."""
+def _variant(recipe: SpectralRecipe) -> str:
+    """What the method's name promises and this model goes without, and what it has in place of patches."""
     parts = {"the spectral path": recipe.model.spectral, "the loss's frequency term": recipe.loss.freq_weight}
     missing = [name for name, there in parts.items() if not there]
-    return f" (without {' and '.join(missing)})" if missing else ""
+    said = ["with a stem of convolutions"] if recipe.model.stem == "convolutions" else []
+    said += [f"without {' and '.join(missing)}"] if missing else []
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _said_of_parts(parts: Mapping[float, float]) -> str:

@@ -170,6 +170,18 @@ def test_a_model_without_the_spectral_parts_says_so_and_is_smaller(
     assert found.classes[0].mask.shape[0] == 1
 
 
+def test_a_model_with_a_stem_of_convolutions_says_so_and_is_used_again(images: Path, tmp_path: Path) -> None:
+    config = configuration(
+        images, model={"stem": "convolutions"}, loss={"freq_weight": 0}, training={"epochs": 1, "stored": "int8"}
+    )
+    model = train_spectral(config, tmp_path / "work", tmp_path / "models", device="cpu", report=lambda line: None)
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "parameters (with a stem of convolutions, without the loss's frequency term), stored as" in card
+    assert SpectralModel.read(model).model.stem == "convolutions"
+    found = SpectralSegmenter.from_model(model, "cpu").segment(Volume.read(next((images / "images").glob("*.png"))))
+    assert found.classes[0].mask.shape[0] == 1
+
+
 def test_a_run_killed_without_warning_goes_on_with_the_same_curve(
     trained: tuple[Path, Path, list[str]], images: Path, project_root: Path, tmp_path: Path
 ) -> None:
