@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.mamba.blocks import PatchExpanding, Stage, convolution
 
-GROUPS = 8
 ENCODER_BLOCKS = 2
 
 
@@ -109,8 +108,8 @@ def halvings(patch: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """Group norm of up to :data:`GROUPS` groups."""
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    """Instance norm with a scale and a shift a channel (a group norm of one channel a group)."""
+    return nn.GroupNorm(channels, channels)
 
 
 def three_by_three(in_channels: int, channels: int, dimensions: int, stride: Any = 1) -> nn.Module:

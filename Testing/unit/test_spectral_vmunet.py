@@ -255,7 +255,7 @@ def test_the_residual_block_is_monais(dimensions: int) -> None:
     from monai.networks.blocks.segresnet_block import ResBlock
 
     ours = ResidualBlock(16, dimensions)
-    theirs = ResBlock(dimensions, 16, norm=("GROUP", {"num_groups": 8}))
+    theirs = ResBlock(dimensions, 16, norm=("INSTANCE", {"affine": True}))
     theirs.load_state_dict(
         {
             key.replace("conv1", "conv1.conv").replace("conv2", "conv2.conv"): value
