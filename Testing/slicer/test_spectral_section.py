@@ -432,7 +432,8 @@ def test_the_real_worker_segments_as_the_library_does(app, opened, open_panel, t
         assert node is not None, status(panel)
     finally:
         client.close()
-    assert beat.worst_gap < 1.0
+    # a share, since a busy computer keeps everything waiting; make bench has the time itself
+    assert beat.worst_gap < 0.3 * sum(beat.gaps)
     segmenter = importlib.import_module("FreqSegLib.spectral_segmentation").SpectralSegmenter
     read = importlib.import_module("FreqSegLib.volume").Volume
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
