@@ -51,6 +51,7 @@ class ModelConfig:
     mlp_ratio: float = 2.0
     stem: Stem = "patches"
     detail_channels: int = 16
+    stage_convolutions: int = 0
     drop_path: float = 0.0
     dropout: float = 0.0
 

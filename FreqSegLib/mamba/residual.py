@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,13 +30,21 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, dimensions: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = norm(channels), norm(channels)
+        self.norm1, self.norm2 = InstanceNorm(channels), InstanceNorm(channels)
         self.conv1, self.conv2 = (three_by_three(channels, channels, dimensions) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, channels, *size) to the same shape."""
         y = self.conv1(F.relu(self.norm1(x)))
         return x + self.conv2(F.relu(self.norm2(y)))
+
+
+class ResidualFeatures(ResidualBlock):
+    """A residual block on the channels-last features of a stage."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, *size, channels) to the same shape."""
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
 
 
 class ResidualStem(nn.Module):
@@ -85,7 +94,7 @@ class ResidualDecoder(nn.Module):
         before = [*widths[1:], channels]
         self.upsample = nn.ModuleList(PatchExpanding(before[level], widths[level], strides[level]) for level in order)
         self.stages = nn.ModuleList(Stage([ResidualBlock(widths[level], len(strides[0]))]) for level in order)
-        self.norm = norm(widths[0])
+        self.norm = InstanceNorm(widths[0])
 
     def forward(self, x: Tensor, features: Sequence[Tensor]) -> Tensor:
         """(b, *n, channels), and what the stem gave, to (b, widths[0], *size)."""
@@ -107,9 +116,18 @@ def halvings(patch: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(1 + (left <= power) for power in powers) for left in range(max(powers), 0, -1)]
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """Instance norm with a scale and a shift a channel (a group norm of one channel a group)."""
-    return nn.GroupNorm(channels, channels)
+class InstanceNorm(nn.GroupNorm):
+    """Instance norm with a scale and a shift a channel: a group norm of one channel a group.
+
+    torch's own refuses an image of a single pixel, whose norm is the shift.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, channels, *size) to the same shape."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def three_by_three(in_channels: int, channels: int, dimensions: int, stride: Any = 1) -> nn.Module:

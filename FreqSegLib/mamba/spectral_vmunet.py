@@ -26,7 +26,7 @@ from FreqSegLib.mamba.blocks import (
     convolution,
 )
 from FreqSegLib.mamba.model_config import Stem
-from FreqSegLib.mamba.residual import ResidualDecoder, ResidualStem, halvings
+from FreqSegLib.mamba.residual import ResidualDecoder, ResidualFeatures, ResidualStem, halvings
 from FreqSegLib.mamba.selective_scan import Backend
 
 LARGEST_FILTER = {2: 32, 3: 8}
@@ -89,6 +89,7 @@ class SpectralVMUNet(nn.Module):
             as in SegResNet and U-Mamba.
         detail_channels: of the branch at full resolution, where 0 leaves it out; or of the convolutions at full
             resolution, doubled at each halving.
+        stage_convolutions: residual blocks of convolutions before each scan, as in U-Mamba; 0 leaves VMamba's stages.
         drop_path: stochastic depth of the last block; rises linearly from 0.
         dropout: of whole channels before the decoder's stages and the head; what MC dropout draws from.
         checkpointing: recompute blocks in the backward pass instead of keeping their activations.
@@ -116,6 +117,7 @@ class SpectralVMUNet(nn.Module):
         mlp_ratio: float = 2.0,
         stem: Stem = "patches",
         detail_channels: int = 16,
+        stage_convolutions: int = 0,
         drop_path: float = 0.0,
         dropout: float = 0.0,
         checkpointing: bool = False,
@@ -131,6 +133,8 @@ class SpectralVMUNet(nn.Module):
             raise SettingsError(
                 f"detail_channels must be at least {int(stem == 'convolutions')}, got {detail_channels}"
             )
+        if stage_convolutions < 0:
+            raise SettingsError(f"stage_convolutions must be at least 0, got {stage_convolutions}")
         if not (0 <= dropout < 1 and 0 <= drop_path < 1):
             raise SettingsError(f"dropout and drop_path must lie in [0, 1), got {dropout} and {drop_path}")
         self.in_channels, self.out_channels, self.dimensions, self.patch_size = (
@@ -150,14 +154,17 @@ class SpectralVMUNet(nn.Module):
 
         def blocks(stage: int, rates: Sequence[float]) -> list[nn.Module]:
             channels = base_channels * 2**stage
-            if not spectral:
-                return [VSSBlock(channels, drop_path=rate, **common) for rate in rates]
             side = -(-img_size // (max(patch) * 2**stage))
             filters = max(min(SMALLEST_FILTER, largest), min(largest, side))
-            return [
-                SpectralVSSBlock(channels, drop_path=rate, filter_size=filters, mlp_ratio=mlp_ratio, **common)
-                for rate in rates
-            ]
+            found: list[nn.Module] = []
+            for rate in rates:
+                found += [ResidualFeatures(channels, dimensions) for _ in range(stage_convolutions)]
+                found.append(
+                    SpectralVSSBlock(channels, drop_path=rate, filter_size=filters, mlp_ratio=mlp_ratio, **common)
+                    if spectral
+                    else VSSBlock(channels, drop_path=rate, **common)
+                )
+            return found
 
         rates = [drop_path * index / max(1, sum(depths) - 1) for index in range(sum(depths))]
         layers = []
