@@ -62,13 +62,27 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str | P
         WeightsError: a key has another shape, is missing or is unknown; names the first, with both shapes.
     """
     expected = module.state_dict()
+    check_fit(expected, state, source)
+    module.load_state_dict({key: state[key].to(value.dtype) for key, value in expected.items()}, assign=True)
+
+
+def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Whether the weights in ``state`` are those an architecture expects, by keys and shapes.
+
+    Args:
+        expected: the architecture's state dict.
+        state: key to tensor.
+        source: where ``state`` came from, for the message.
+
+    Raises:
+        WeightsError: a key has another shape, is missing or is unknown; names the first, with both shapes.
+    """
     faults = _faults(expected, state)
     if faults:
         raise WeightsError(
             f"{source} does not fit this architecture: {'; '.join(faults)}. It holds another model, or a part of one: "
             "choose the model it was saved from, or get the weights again."
         )
-    module.load_state_dict({key: state[key].to(value.dtype) for key, value in expected.items()}, assign=True)
 
 
 def save_half(module: nn.Module, path: Path, metadata: Mapping[str, str]) -> None:

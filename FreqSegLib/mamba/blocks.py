@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from FreqSegLib.errors import SettingsError
+from FreqSegLib.mamba.borders import repeat_border
 from FreqSegLib.mamba.selective_scan import Backend
 from FreqSegLib.mamba.spectral_gating import SpectralGating
 from FreqSegLib.mamba.ss2d import SS2D
@@ -148,21 +148,21 @@ class PatchEmbed(nn.Module):
         in_channels: of the image.
         channels: of a patch.
         patch_size: side, or one for each axis.
+        normed: with the norm, which takes from a patch how strong its features are.
     """
 
-    def __init__(self, in_channels: int, channels: int, patch_size: Sequence[int]) -> None:
+    def __init__(self, in_channels: int, channels: int, patch_size: Sequence[int], normed: bool = True) -> None:
         super().__init__()
         self.patch_size: Any = tuple(patch_size)
         self.proj: nn.Module = convolution(len(self.patch_size))(
             in_channels, channels, self.patch_size, stride=self.patch_size
         )
-        self.norm = nn.LayerNorm(channels)
+        self.norm = nn.LayerNorm(channels) if normed else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, in_channels, *size) to (b, *ceil(size / patch_size), channels)."""
         amounts = [-side % patch for side, patch in zip(x.shape[2:], self.patch_size, strict=True)]
-        if any(amounts):
-            x = F.pad(x, [value for amount in reversed(amounts) for value in (0, amount)], mode="replicate")
+        x = repeat_border(x, [0] * len(amounts), amounts)
         return self.norm(self.proj(x).movedim(1, -1))
 
 

@@ -21,17 +21,23 @@ Components = dict[str, Tensor]
 class DiceLoss(nn.Module):
     """1 - soft Dice, averaged over the classes besides the background (MONAI's, over the batch as a whole).
 
-    Over the batch, so that a class which one image lacks is no loss that cannot be lowered.
+    Over the batch, and over the classes that it shows: overlap with a class that is not there would be a loss of 1
+    that hardly anything lowers, and is left to the other terms.
     """
 
     def __init__(self) -> None:
         super().__init__()
         from monai.losses import DiceLoss as Dice
 
-        self.loss = Dice(include_background=False, softmax=True, to_onehot_y=True, batch=True, smooth_dr=1e-5)
+        self.loss = Dice(
+            include_background=False, softmax=True, to_onehot_y=True, batch=True, smooth_dr=1e-5, reduction="none"
+        )
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self.loss(_exact(logits), target[:, None])
+        _check_shape(logits, target)
+        losses = self.loss(_exact(logits), target[:, None]).flatten()
+        there = torch.stack([(target == label).any() for label in range(1, logits.shape[1])])
+        return (losses * there).sum() / there.sum().clamp(min=1)
 
 
 class FocalLoss(nn.Module):
@@ -48,6 +54,7 @@ class FocalLoss(nn.Module):
         self.classes_loss = Focal(include_background=True, to_onehot_y=True, use_softmax=True, gamma=gamma)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        _check_shape(logits, target)
         # MONAI averages over classes as well; cross-entropy is their sum
         return self.classes_loss(_exact(logits), target[:, None]) * logits.shape[1]
 
@@ -218,16 +225,26 @@ def check_target(logits: Tensor, target: Tensor) -> None:
     """Raises:
     InputError: the target does not fit the logits.
     """
-    if target.shape != (logits.shape[0], *logits.shape[2:]) or target.is_floating_point():
-        raise InputError(
-            f"targets must be whole numbers of the shape {(logits.shape[0], *logits.shape[2:])}, got "
-            f"{tuple(target.shape)} of {target.dtype}"
-        )
+    _check_shape(logits, target)
     low, high = int(target.min()), int(target.max())
     if low < 0 or high >= logits.shape[1]:
         raise InputError(
             f"labels must lie in 0 to {logits.shape[1] - 1}, the number of classes less one, got {low} to {high}"
         )
+
+
+def _check_shape(logits: Tensor, target: Tensor) -> None:
+    if logits.dim() not in (4, 5) or logits.shape[1] < 2:
+        raise InputError(
+            f"logits must be (b, classes, *size) with the background and at least one class, got {tuple(logits.shape)}"
+        )
+    if target.shape != (logits.shape[0], *logits.shape[2:]) or target.is_floating_point():
+        raise InputError(
+            f"targets must be whole numbers of the shape {(logits.shape[0], *logits.shape[2:])}, got "
+            f"{tuple(target.shape)} of {target.dtype}"
+        )
+    if not target.numel():
+        raise InputError(f"the batch is empty: logits of {tuple(logits.shape)}")
 
 
 class PatchDiscriminator(nn.Module):
@@ -289,6 +306,7 @@ def _exact(x: Tensor) -> Tensor:
 
 def _probabilities(logits: Tensor, target: Tensor, include_background: bool) -> tuple[Tensor, Tensor]:
     """Softmax and one-hot, (b, classes, *size) each."""
+    _check_shape(logits, target)
     probabilities = _exact(logits).softmax(1)
     truth = F.one_hot(target.long(), logits.shape[1]).movedim(-1, 1).to(probabilities.dtype)
     first = 0 if include_background else 1

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from FreqSegLib.errors import SettingsError
-from FreqSegLib.mamba.blocks import PatchExpanding, Stage, convolution
+from FreqSegLib.mamba.blocks import Stage, convolution
 
 ENCODER_BLOCKS = 2
 
@@ -55,11 +55,13 @@ class ResidualStem(nn.Module):
         channels: at full resolution; doubled at each halving.
         strides: from each level to the next one, as :func:`halvings` has them; the last leads to the first stage and is
             not this module's.
+        dropout: of single elements of the first features, as in SegResNet: noise that the network must bear.
     """
 
-    def __init__(self, in_channels: int, channels: int, strides: Sequence[Sequence[int]]) -> None:
+    def __init__(self, in_channels: int, channels: int, strides: Sequence[Sequence[int]], dropout: float = 0.0) -> None:
         super().__init__()
         dimensions = len(strides[0])
+        self.drop = nn.Dropout(dropout)
         self.widths = [channels * 2**level for level in range(len(strides))]
         before = [in_channels, *self.widths]
         steps = [(1,) * dimensions, *strides]
@@ -73,10 +75,34 @@ class ResidualStem(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(b, in_channels, *size) to every level's features (b, channels 2^level, *ceil(size / step)), finest first."""
         features = []
-        for enter, stage in zip(self.enter, self.stages, strict=True):
-            x = stage(enter(x))
+        for level, (enter, stage) in enumerate(zip(self.enter, self.stages, strict=True)):
+            x = enter(x)
+            x = stage(x if level else self.drop(x))
             features.append(x)
         return features
+
+
+class Enlarging(nn.Module):
+    """A 1 x 1 convolution, then linear interpolation, as in SegResNet: no norm, so that weak features stay weak.
+
+    Args:
+        channels: in.
+        out_channels: out.
+        scale: of each axis.
+    """
+
+    def __init__(self, channels: int, out_channels: int, scale: Sequence[int]) -> None:
+        super().__init__()
+        self.scale = tuple(float(factor) for factor in scale)
+        self.project: nn.Module = convolution(len(scale))(channels, out_channels, 1, bias=False)
+        self.mode = "bilinear" if len(scale) == 2 else "trilinear"
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """(b, channels, *n) to (b, out_channels, *size): n scale, cropped to ``size``."""
+        x = F.interpolate(self.project(x), scale_factor=self.scale, mode=self.mode, align_corners=False)
+        for axis, side in enumerate(size, start=2):
+            x = x.narrow(axis, 0, side)
+        return x
 
 
 class ResidualDecoder(nn.Module):
@@ -92,7 +118,7 @@ class ResidualDecoder(nn.Module):
         super().__init__()
         order = range(len(widths) - 1, -1, -1)
         before = [*widths[1:], channels]
-        self.upsample = nn.ModuleList(PatchExpanding(before[level], widths[level], strides[level]) for level in order)
+        self.upsample = nn.ModuleList(Enlarging(before[level], widths[level], strides[level]) for level in order)
         self.stages = nn.ModuleList(Stage([ResidualBlock(widths[level], len(strides[0]))]) for level in order)
         self.norm = InstanceNorm(widths[0])
 
@@ -100,7 +126,7 @@ class ResidualDecoder(nn.Module):
         """(b, *n, channels), and what the stem gave, to (b, widths[0], *size)."""
         y = x.movedim(-1, 1)
         for upsample, stage, skip in zip(self.upsample, self.stages, reversed(features), strict=True):
-            y = stage(upsample(y.movedim(1, -1), skip.shape[2:]).movedim(-1, 1) + skip)
+            y = stage(upsample(y, skip.shape[2:]) + skip)
         return F.relu(self.norm(y))
 
 

@@ -608,6 +608,14 @@ def register_scan(
         return gradients(ctx, grad, back)
 
     torch.library.register_autograd(f"freqseg::{name}", autograd, setup_context=save_for_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"freqseg::{name}_backward", _no_second_derivatives, lib=LIBRARY)
+
+
+def _no_second_derivatives(ctx: Any, *grads: Any) -> Any:
+    """Raises:
+    NotImplementedError: always; without it torch would take them for zero.
+    """
+    raise NotImplementedError("the selective scan has no second derivatives; plain_scan has, at its cost in memory")
 
 
 register_scan("selective_scan", chunks_forward, chunks_backward)

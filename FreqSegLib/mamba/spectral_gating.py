@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from FreqSegLib.errors import SettingsError
+from FreqSegLib.mamba.borders import repeat_border
 
 # Radii in cycles a pixel at which one band ends and the next begins: octaves below the Nyquist frequency of 0.5.
 BAND_EDGES = (1 / 16, 1 / 8, 1 / 4)
@@ -85,7 +86,7 @@ class SpectralGating(nn.Module):
 
     def _padded(self, x: Tensor) -> Tensor:
         before, after = self.filter_size - 1 - self.filter_size // 2, self.filter_size // 2
-        return F.pad(x, (before, after) * self.dimensions, mode="replicate")
+        return repeat_border(x, [before] * self.dimensions, [after] * self.dimensions)
 
     def extra_repr(self) -> str:
         return f"channels={self.complex_weight.shape[0]}, filter_size={self.filter_size}, dimensions={self.dimensions}"

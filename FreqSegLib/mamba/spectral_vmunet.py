@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from FreqSegLib.checkpoint import load_exactly, read_state_dict
+from FreqSegLib.checkpoint import check_fit, read_state_dict
 from FreqSegLib.errors import InputError, SettingsError
 from FreqSegLib.mamba.blocks import (
     PatchEmbed,
@@ -89,9 +89,11 @@ class SpectralVMUNet(nn.Module):
             as in SegResNet and U-Mamba.
         detail_channels: of the branch at full resolution, where 0 leaves it out; or of the convolutions at full
             resolution, doubled at each halving.
-        stage_convolutions: residual blocks of convolutions before each scan, as in U-Mamba; 0 leaves VMamba's stages.
+        stage_convolutions: residual blocks of convolutions before each scan, in the encoder, the bottleneck and the
+            decoder, as in U-Mamba; 0 leaves VMamba's stages. For the stem of convolutions.
         drop_path: stochastic depth of the last block; rises linearly from 0.
-        dropout: of whole channels before the decoder's stages and the head; what MC dropout draws from.
+        dropout: of whole channels before the decoder's stages and the head, and of single elements of the first
+            convolution's features where the stem is of convolutions; what MC dropout draws from.
         checkpointing: recompute blocks in the backward pass instead of keeping their activations.
         backend: of the selective scan.
 
@@ -135,6 +137,9 @@ class SpectralVMUNet(nn.Module):
             )
         if stage_convolutions < 0:
             raise SettingsError(f"stage_convolutions must be at least 0, got {stage_convolutions}")
+        if stage_convolutions and stem != "convolutions":
+            # of an empty slice's patches, which are all the same, their norms would leave rounding errors alone
+            raise SettingsError(f"stage_convolutions need the stem 'convolutions', got {stem!r}")
         if not (0 <= dropout < 1 and 0 <= drop_path < 1):
             raise SettingsError(f"dropout and drop_path must lie in [0, 1), got {dropout} and {drop_path}")
         self.in_channels, self.out_channels, self.dimensions, self.patch_size = (
@@ -173,9 +178,9 @@ class SpectralVMUNet(nn.Module):
             merging = PatchMerging(base_channels * 2**stage, dimensions) if stage < num_stages - 1 else None
             layers.append(Stage(blocks(stage, own), merging))
         strides = halvings(patch) if stem == "convolutions" else [patch]
-        self.stem = ResidualStem(in_channels, detail_channels, strides) if stem == "convolutions" else None
+        self.stem = ResidualStem(in_channels, detail_channels, strides, dropout) if stem == "convolutions" else None
         embedded = in_channels if self.stem is None else self.stem.widths[-1]
-        self.encoder = VMambaEncoder(PatchEmbed(embedded, base_channels, strides[-1]), layers)
+        self.encoder = VMambaEncoder(PatchEmbed(embedded, base_channels, strides[-1], normed=stem == "patches"), layers)
         self.bottleneck = Stage(blocks(num_stages - 1, [drop_path]))
         again = [0.0] * min(depths)
         self.decoder = nn.ModuleList(
@@ -262,7 +267,12 @@ def load_vmamba_encoder(model: SpectralVMUNet, source: str | Path | Mapping[str,
     Raises:
         WeightsError: a tensor is missing or has another shape (the key and both shapes are named); or the file is
             damaged.
+        SettingsError: the network has convolutions where VMamba has none.
     """
+    if model.stem is not None:
+        raise SettingsError(
+            "a network with a stem of convolutions has no place for VMamba's weights; build it with stem='patches'"
+        )
     name = str(source) if isinstance(source, (str, Path)) else "the state dict"
     state = dict(source) if isinstance(source, Mapping) else read_state_dict(source)
     if state and all(key.startswith("vmunet.") for key in state):
@@ -272,10 +282,12 @@ def load_vmamba_encoder(model: SpectralVMUNet, source: str | Path | Mapping[str,
     taken, left_out = {}, []
     for key, value in state.items():
         if _belongs_to_encoder(key, model) and key not in spectral:
-            taken[key] = value.to(next(iter(own.values())).device)
+            taken[key] = value
         else:
             left_out.append(key)
-    load_exactly(model.encoder, {**taken, **spectral}, name)
+    check_fit(own, {**taken, **spectral}, name)
+    # copied, so that neither the source nor an optimiser that knows the parameters is cut off
+    model.encoder.load_state_dict(taken, strict=False)
     return left_out
 
 

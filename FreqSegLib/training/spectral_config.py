@@ -27,6 +27,11 @@ class LossConfig:
     boundary_tolerance: int = 1
     adversarial_weight: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("gamma", "adversarial_weight"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class AugmentConfig:

@@ -301,6 +301,8 @@ class SpectralTraining:
         paths = [folder / WEIGHTS_FILE, folder / "model.json", folder / "README.md"]
         with replacing(paths, overwrite=True) as (weights, model, card):
             save_file(state, weights)
+            # safetensors leaves it to its owner alone
+            weights.chmod(0o644)
             described.write(model.parent)
             card.write_text(self.card(best, as_stored, parts, tested), encoding="utf-8")
 
@@ -380,6 +382,8 @@ def _variant(recipe: SpectralRecipe) -> str:
     parts = {"the spectral path": recipe.model.spectral, "the loss's frequency term": recipe.loss.freq_weight}
     missing = [name for name, there in parts.items() if not there]
     said = ["with a stem of convolutions"] if recipe.model.stem == "convolutions" else []
+    if recipe.model.stage_convolutions:
+        said.append("with convolutions before each scan")
     said += [f"without {' and '.join(missing)}"] if missing else []
     return f" ({', '.join(said)})" if said else ""
 

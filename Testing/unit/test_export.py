@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from network_forms import FORMS
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -68,11 +69,11 @@ def image() -> Tensor:
     return torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("stem", ["patches", "convolutions"])
+@pytest.mark.parametrize("form", FORMS)
 def test_torchscript_and_torch_export_give_the_same_numbers_when_loaded_again(
-    tmp_path: Path, image: Tensor, stem: str
+    tmp_path: Path, image: Tensor, form: str
 ) -> None:
-    model = described(stem=stem)
+    model = described(**FORMS[form])
     folder = write_model(tmp_path / "made-up", model)
     done = export_model(folder, tmp_path / "out", ["torch-export", "torchscript"])
     assert [one.format for one in done] == ["torchscript", "torch-export"]
@@ -92,10 +93,10 @@ def test_torchscript_and_torch_export_give_the_same_numbers_when_loaded_again(
 
 
 @needs_onnx
-@pytest.mark.parametrize("stem", ["patches", "convolutions"])
-def test_onnx_gives_the_same_numbers_and_8_bits_cost_what_is_told(tmp_path: Path, stem: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_onnx_gives_the_same_numbers_and_8_bits_cost_what_is_told(tmp_path: Path, form: str) -> None:
     """Wide enough that weights are most of the file."""
-    model = described(base_channels=48, stem=stem)
+    model = described(base_channels=48, **FORMS[form])
     picture = Volume(np.random.default_rng(0).integers(0, 255, (1, 30, 20)).astype(np.uint8), np.eye(4))
     picture = replace(picture, spatial_dimension=2)
     picture.write(tmp_path / "picture.png")

@@ -95,6 +95,29 @@ def test_one_group_may_be_given_without_its_axis() -> None:
     assert torch.equal(selective_scan(u, delta, A, B[:, 0], C[:, 0], D, bias), with_axis)
 
 
+def test_inputs_need_not_be_contiguous() -> None:
+    inputs = [tensor.detach() for tensor in problem(19)]
+    strided = [
+        tensor.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() if tensor.dim() > 1 else tensor
+        for tensor in inputs
+    ]
+    assert any(not tensor.is_contiguous() for tensor in strided)
+    inputs = [tensor.requires_grad_(other.requires_grad) for tensor, other in zip(inputs, strided, strict=True)]
+    own, other = ([tensor for tensor in given if tensor.requires_grad] for given in (inputs, strided))
+    found = torch.autograd.grad(selective_scan(*strided, delta_softplus=True).square().sum(), other)
+    expected = torch.autograd.grad(selective_scan(*inputs, delta_softplus=True).square().sum(), own)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_second_derivatives_are_refused_not_wrong(backend: str) -> None:
+    inputs = problem(9, dtype=torch.float32)
+    y = selective_scan(*inputs, backend=backend)  # type: ignore[arg-type]
+    (first,) = torch.autograd.grad(y.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="plain_scan"):
+        torch.autograd.grad(first.square().sum(), inputs[:1])
+
+
 def test_half_precision_in_is_computed_in_float32_and_float64_stays() -> None:
     inputs = [tensor.detach() for tensor in problem(33, dtype=torch.float32)]
     short = [tensor.bfloat16() for tensor in inputs]

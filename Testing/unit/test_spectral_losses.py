@@ -105,6 +105,35 @@ def test_dice_is_taken_over_the_batch_without_the_background() -> None:
     assert float(DiceLoss()(logits_of(probability), target)) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_dice_leaves_out_classes_that_a_batch_lacks() -> None:
+    target = square()
+    logits = torch.randn(1, 4, 32, 32)
+    logits[:, 3] = -30.0
+    probability = logits.softmax(1)[:, 1]
+    overlap = (probability * target).sum()
+    expected = 1 - 2 * overlap / (probability.sum() + target.sum())
+    assert float(DiceLoss()(logits, target)) == pytest.approx(float(expected), rel=1e-4)
+    nothing = torch.zeros_like(target)
+    assert float(DiceLoss()(logits, nothing)) == 0.0
+
+
+@pytest.mark.parametrize("loss", [DiceLoss(), FocalLoss(), FrequencyLoss(), BoundaryLoss(), SpectralDualLoss()])
+@pytest.mark.parametrize(
+    ("logits", "target", "said"),
+    [
+        ((2, 2, 8, 8), (1, 8, 8), r"of the shape \(2, 8, 8\), got \(1, 8, 8\)"),
+        ((1, 2, 8, 8), (1, 1, 1), r"of the shape \(1, 8, 8\), got \(1, 1, 1\)"),
+        ((1, 1, 8, 8), (1, 8, 8), "the background and at least one class"),
+        ((0, 2, 8, 8), (0, 8, 8), "the batch is empty"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named_by_every_loss(
+    loss: nn.Module, logits: tuple[int, ...], target: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        loss(torch.zeros(logits), torch.zeros(target, dtype=torch.long))
+
+
 def test_boundaries_of_a_square_are_its_rim() -> None:
     mask = square().float()[:, None]
     rim = boundary(mask)[0, 0]
@@ -112,6 +141,29 @@ def test_boundaries_of_a_square_are_its_rim() -> None:
     assert rim[12, 12] == 0
     assert rim[7, 10] == rim[8, 10] == 1
     assert boundary(torch.ones(1, 1, 5, 5)).sum() == 0
+
+
+def test_the_boundary_of_a_cube_is_its_shell() -> None:
+    mask = torch.zeros(1, 1, 9, 10, 11)
+    mask[..., 3:6, 3:6, 3:6] = 1
+    shell = boundary(mask)
+    assert int(shell.sum()) == 5**3 - 1
+    assert shell[0, 0, 4, 4, 4] == 0
+
+
+def test_every_class_counts_for_the_boundary_and_the_batch_is_one() -> None:
+    """Class 1 found, class 2 missed: half the loss of missing both; pixels are counted over both images."""
+    target = torch.zeros(2, 24, 24, dtype=torch.long)
+    target[0, 4:10, 4:10], target[0, 12:18, 12:18], target[1, 4:20, 4:20] = 1, 2, 2
+    found = F.one_hot(target, 3).movedim(-1, 1).float() * 60 - 30
+    found[:, 2] = -30
+    missed = torch.where(target == 2, 30.0, found[:, 0])
+    logits = torch.stack([missed, found[:, 1], found[:, 2]], 1)
+    real = boundary((target == 2).float()[:, None]).sum()
+    # smoothed: precision is 1, recall 1 / (boundary + 1)
+    recall = 1 / (real + 1)
+    expected = (1 - 2 * recall / (1 + recall)) / 2
+    assert float(BoundaryLoss(1)(logits, target)) == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_the_boundary_loss_forgives_a_pixel_but_not_more() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from two_processes import run_twice
 
 from FreqSegLib.errors import FreqSegError, InputError, SettingsError
-from FreqSegLib.mamba.model_config import WEIGHTS_FILE, SpectralModel, read_config
+from FreqSegLib.mamba.blocks import Stage
+from FreqSegLib.mamba.model_config import WEIGHTS_FILE, InputConfig, ModelConfig, SpectralModel, read_config
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training import spectral_test
-from FreqSegLib.training.spectral_config import AugmentConfig, DataConfig, SpectralRecipe, TrainingConfig
+from FreqSegLib.training.spectral_config import AugmentConfig, DataConfig, LossConfig, SpectralRecipe, TrainingConfig
 from FreqSegLib.training.spectral_data import Batches, Pair, augmented, find_pairs, load_split, split
 from FreqSegLib.training.spectral_recipe import SpectralTraining, train_spectral
 from FreqSegLib.volume import Volume
@@ -170,13 +172,16 @@ def test_a_model_without_the_spectral_parts_says_so_and_is_smaller(
     assert found.classes[0].mask.shape[0] == 1
 
 
-def test_a_model_with_a_stem_of_convolutions_says_so_and_is_used_again(images: Path, tmp_path: Path) -> None:
+def test_a_model_with_convolutions_says_so_and_is_used_again(images: Path, tmp_path: Path) -> None:
     config = configuration(
-        images, model={"stem": "convolutions"}, loss={"freq_weight": 0}, training={"epochs": 1, "stored": "int8"}
+        images,
+        model={"stem": "convolutions", "stage_convolutions": 1},
+        loss={"freq_weight": 0},
+        training={"epochs": 1, "stored": "int8"},
     )
     model = train_spectral(config, tmp_path / "work", tmp_path / "models", device="cpu", report=lambda line: None)
     card = (model / "README.md").read_text(encoding="utf-8")
-    assert "parameters (with a stem of convolutions, without the loss's frequency term), stored as" in card
+    assert "parameters (with a stem of convolutions, with convolutions before each scan, without the loss's" in card
     assert SpectralModel.read(model).model.stem == "convolutions"
     found = SpectralSegmenter.from_model(model, "cpu").segment(Volume.read(next((images / "images").glob("*.png"))))
     assert found.classes[0].mask.shape[0] == 1
@@ -291,6 +296,15 @@ def test_toml_says_the_same_as_json(images: Path, tmp_path: Path) -> None:
         read_config(path, SpectralRecipe)
 
 
+def test_every_key_of_a_configuration_is_documented(project_root: Path) -> None:
+    page = (project_root / "docs" / "spectral.md").read_text(encoding="utf-8")
+    kinds = (SpectralRecipe, DataConfig, InputConfig, ModelConfig, LossConfig, AugmentConfig, TrainingConfig)
+    missing = [
+        f"{kind.__name__}.{item.name}" for kind in kinds for item in fields(kind) if f"`{item.name}`" not in page
+    ]
+    assert not missing
+
+
 def test_images_without_labels_and_empty_folders_are_named(tmp_path: Path) -> None:
     write_images(tmp_path, count=3)
     config = recipe(tmp_path).data
@@ -359,6 +373,26 @@ def test_an_adversary_trains_along_and_is_not_shipped(images: Path, tmp_path: Pa
     from safetensors.torch import load_file
 
     assert not any("discriminator" in key for key in load_file(folder / "model.safetensors"))
+
+
+def test_the_adversary_changes_the_network_and_checkpointing_does_not(images: Path, tmp_path: Path) -> None:
+    trained = {}
+    for name, changes in {
+        "plain": {},
+        "adversary": {"loss": {"adversarial_weight": 0.5}},
+        "checkpointing": {"training": {"checkpointing": True}},
+    }.items():
+        training = {"epochs": 1, "stored": "float32", **changes.pop("training", {})}
+        run = SpectralTraining(recipe(images, training=training, **changes), images, tmp_path / name)
+        assert all(
+            stage.checkpointing == (name == "checkpointing")
+            for stage in run.network.modules()
+            if isinstance(stage, Stage)
+        )
+        run.fit(lambda line: None)
+        trained[name] = torch.cat([value.detach().flatten() for value in run.network.parameters()])
+    assert torch.allclose(trained["plain"], trained["checkpointing"], atol=1e-5)
+    assert not torch.allclose(trained["plain"], trained["adversary"], atol=1e-3)
 
 
 def batches(images: Path, **training: Any) -> Batches:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from network_forms import FORMS
 from torch import Tensor
 
 from FreqSegLib.errors import InputError, SettingsError, WeightsError
-from FreqSegLib.mamba.residual import ResidualBlock, halvings
+from FreqSegLib.mamba.residual import ResidualBlock, ResidualFeatures, halvings
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet, load_vmamba_encoder
-
-FORMS: dict[str, dict[str, object]] = {
-    "patches": {},
-    "convolutions": {"stem": "convolutions"},
-    "convolutions in every stage": {"stem": "convolutions", "stage_convolutions": 1},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -183,14 +179,16 @@ def vmamba_layout(depths: tuple[int, ...] = (2, 2, 9, 2), channels: int = 96) ->
             state[f"layers.{stage}.downsample.norm.bias"] = (4 * c,)
     last = channels * 2 ** (len(depths) - 1)
     state |= {"norm.weight": (last,), "norm.bias": (last,), "head.weight": (1000, last), "head.bias": (1000,)}
-    return {key: torch.full(shape, 0.01) for key, shape in state.items()}
+    made = torch.Generator().manual_seed(0)
+    return {key: torch.rand(shape, generator=made) * 0.02 for key, shape in state.items()}
 
 
 @pytest.mark.parametrize("depth", [(2, 2, 9, 2), 2])
 def test_vmambas_published_layout_fits_the_encoder(depth: int | tuple[int, ...]) -> None:
     model = SpectralVMUNet(3, 2, 32, 96, 4, depth)
     state = vmamba_layout()
-    left_out = load_vmamba_encoder(model, {"model": state}["model"])
+    known = list(model.encoder.parameters())
+    left_out = load_vmamba_encoder(model, state)
     own = model.encoder.state_dict()
     taken = [key for key in state if key not in left_out]
     assert all(torch.equal(own[key], state[key]) for key in taken)
@@ -198,6 +196,11 @@ def test_vmambas_published_layout_fits_the_encoder(depth: int | tuple[int, ...])
     expected = {"norm.weight", "norm.bias", "head.weight", "head.bias"} | (deeper if depth == 2 else set())
     assert set(left_out) == expected
     assert all("spectral" in key for key in set(own) - set(taken))
+    # an optimiser that knows the parameters goes on training them, and the source is left alone
+    assert all(one is other for one, other in zip(known, model.encoder.parameters(), strict=True))
+    with torch.no_grad():
+        model.encoder.patch_embed.proj.weight.zero_()
+    assert state["patch_embed.proj.weight"].abs().sum() > 0
 
 
 def test_a_vm_unet_checkpoint_file_fits(tmp_path: Path) -> None:
@@ -207,7 +210,36 @@ def test_a_vm_unet_checkpoint_file_fits(tmp_path: Path) -> None:
     torch.save({"model": state, "epoch": 3}, tmp_path / "best.pth")
     left_out = load_vmamba_encoder(model, tmp_path / "best.pth")
     assert "layers_up.0.blocks.0.ln_1.weight" in left_out
-    assert torch.equal(model.encoder.state_dict()["layers.0.blocks.0.ln_1.weight"], torch.full((96,), 0.01))
+    assert torch.equal(
+        model.encoder.state_dict()["layers.0.blocks.0.ln_1.weight"], state["vmunet.layers.0.blocks.0.ln_1.weight"]
+    )
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "patches"])
+def test_a_network_with_convolutions_has_no_place_for_vmambas_weights(form: str) -> None:
+    with pytest.raises(SettingsError, match="build it with stem='patches'"):
+        load_vmamba_encoder(small(**FORMS[form]), vmamba_layout((2, 2)))
+
+
+def test_convolutions_stand_before_each_scan_of_every_stage() -> None:
+    model = small(stem="convolutions", stage_convolutions=2, depth=(1, 2, 1))
+    stages: list[Any] = [*model.encoder.layers, model.bottleneck, *(one.stage for one in model.decoder)]
+    kinds = ["".join("C" if isinstance(block, ResidualFeatures) else "S" for block in one.blocks) for one in stages]
+    assert kinds == ["CCS", "CCSCCS", "CCS", "CCS", "CCS", "CCS"]
+
+
+def test_the_detail_branch_and_stochastic_depth_take_part() -> None:
+    model = open_gates(small(detail_channels=4, drop_path=0.5)).eval()
+    image = torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        before = model(image)
+        assert model.detail is not None
+        model.detail[0].weight.add_(1.0)  # type: ignore[union-attr, operator]
+        assert not torch.allclose(model(image), before)
+        model.train()
+        assert not torch.equal(model(image), model(image))
+    rates = [block.drop_path.p for layer in model.encoder.layers for block in layer.blocks]  # type: ignore[union-attr]
+    assert rates == pytest.approx([0.0, 0.25, 0.5])
 
 
 def test_other_sizes_are_refused_by_key_and_shape() -> None:
@@ -234,6 +266,7 @@ def test_other_sizes_are_refused_by_key_and_shape() -> None:
         ({"stem": "patch"}, "stem must be one of patches, convolutions, got 'patch'"),
         ({"stem": "convolutions", "detail_channels": 0}, "detail_channels must be at least 1, got 0"),
         ({"stage_convolutions": -1}, "stage_convolutions must be at least 0, got -1"),
+        ({"stage_convolutions": 1}, "stage_convolutions need the stem 'convolutions', got 'patches'"),
         ({"detail_channels": -1}, "detail_channels must be at least 0, got -1"),
         ({"stem": "convolutions", "patch_size": 6}, r"patches of 2, 4, 8, ... pixels, got \(6, 6\)"),
         ({"stem": "convolutions", "patch_size": 1}, r"patches of 2, 4, 8, ... pixels, got \(1, 1\)"),
@@ -253,6 +286,17 @@ def test_a_patch_is_halved_step_by_step_and_its_coarse_axis_last() -> None:
     assert halvings((4, 4)) == [(2, 2), (2, 2)]
     assert halvings((1, 2, 2)) == [(1, 2, 2)]
     assert halvings((2, 8, 4)) == [(1, 2, 1), (1, 2, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grey", [0.0, 0.3])
+def test_an_image_of_one_grey_is_no_rounding_noise(form: str, grey: float) -> None:
+    model = open_gates(small(base_channels=16, **FORMS[form])).eval()
+    image = torch.full((1, 1, 48, 48), grey)
+    with torch.no_grad():
+        short = model(image)
+        exact = model.double()(image.double())
+    assert float((short - exact).abs().max()) < 0.02 * float(exact.abs().max())
 
 
 def test_a_stage_of_a_single_pixel_is_normed_to_its_shift() -> None:
@@ -278,8 +322,15 @@ def test_the_residual_block_is_monais(dimensions: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_torch_compile_takes_the_network(form: str) -> None:
+def test_torch_compile_takes_the_network_in_use_and_in_training(form: str) -> None:
     model = open_gates(small(num_stages=2, **FORMS[form])).eval()
-    image = torch.randn(1, 1, 16, 16)
-    with torch.no_grad():
-        assert torch.allclose(torch.compile(model, backend="aot_eager")(image), model(image), atol=1e-5)
+    image = torch.randn(1, 1, 18, 15)
+    compiled = torch.compile(model)
+    answers = []
+    for network in (model, compiled):
+        model.zero_grad()
+        found = network(image)
+        found.square().mean().backward()
+        answers.append([found.detach(), *(value.grad.clone() for value in model.parameters())])  # type: ignore[union-attr]
+    for one, other in zip(*answers, strict=True):
+        assert torch.allclose(one, other, atol=1e-5, rtol=1e-3)
