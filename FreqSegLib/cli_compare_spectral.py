@@ -41,6 +41,13 @@ def compare_spectral(
             show_default="none",
         ),
     ] = None,
+    drop_parts: Annotated[
+        bool,
+        typer.Option(
+            "--drop-parts",
+            help="Also choose for every network, on the validation images, which small parts of a class are dropped.",
+        ),
+    ] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Runs (a stopped one goes on), comparison.md and comparison.csv.")
     ] = Path("build/spectral_comparison"),
@@ -59,6 +66,7 @@ def compare_spectral(
         networks=network or (OWN, "UNet", "SegResNet"),
         seeds=seed or (0,),
         noise=noise or (),
+        drop_parts=drop_parts,
         device=resolve_device(device),
         report=session.say,
     )

@@ -29,9 +29,9 @@ from FreqSegLib.mamba.model_config import ModelConfig, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training.spectral_config import SpectralRecipe
-from FreqSegLib.training.spectral_data import Pair, find_pairs
+from FreqSegLib.training.spectral_data import Pair, find_pairs, split
 from FreqSegLib.training.spectral_recipe import SpectralTraining, build_network
-from FreqSegLib.training.spectral_test import DIGITS, METRICS, scored, spread
+from FreqSegLib.training.spectral_test import DIGITS, METRICS, choose_smallest_part, scored, spread
 from FreqSegLib.training.unet_peer import UNetPeer
 
 # of a configuration: what changes nothing in its networks
@@ -160,6 +160,7 @@ def compare(
     networks: Sequence[str] = (OWN, "UNet", "SegResNet"),
     seeds: Sequence[int] = (0,),
     noise: Sequence[float] = (),
+    drop_parts: bool = False,
     device: torch.device | None = None,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -172,6 +173,8 @@ def compare(
         networks: of :func:`build`.
         seeds: of start, batches and augmentation; the split stays.
         noise: standard deviations of noise added to the test images, grey levels in [0, 1], besides none at all.
+        drop_parts: choose for every network on the validation cases under which share of its largest a connected part
+            of a class is dropped, as ``train-spectral`` does.
         device: to compute on.
         report: where lines of progress go.
 
@@ -195,7 +198,10 @@ def compare(
         for name in networks:
             own = replace(ablated(recipe, name), training=replace(recipe.training, seed=seed))
             folder = work / recipe.name / f"{name.replace(' ', '-')}-seed{seed}"
-            rows.append(_run(name, own, place, folder, pairs, noise, device or torch.device("cpu"), report))
+            levels = (0.0, *noise)
+            rows.append(
+                _run(name, own, place, folder, pairs, levels, drop_parts, device or torch.device("cpu"), report)
+            )
     return rows
 
 
@@ -205,13 +211,16 @@ def _run(
     data: Path,
     folder: Path,
     pairs: Sequence[Pair],
-    noise: Sequence[float],
+    levels: Sequence[float],
+    drop_parts: bool,
     device: torch.device,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     done = folder / "test.json"
     # as it will be read again
-    about = json.loads(json.dumps({"recipe": asdict(recipe), "network": name, "noise": list(noise)}))
+    about = json.loads(json.dumps({"recipe": asdict(recipe), "network": name, "noise": list(levels[1:])}))
+    if drop_parts:
+        about["drop_parts"] = True
     if done.exists():
         kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         if _deciding(kept["about"]) != _deciding(about):
@@ -233,8 +242,14 @@ def _run(
     }
     # every network here has what a segmenter asks of one: patch_size and dropout
     segmenter = SpectralSegmenter(cast(SpectralVMUNet, run.network), recipe.described(), device)
+    if drop_parts:
+        _, validation = split(find_pairs(recipe.data, data), recipe.training.validation_share)
+        shares = choose_smallest_part(segmenter, recipe, validation)
+        row["smallest_part"], row["validation"] = next(iter(shares.items()))
+        segmenter.model = replace(segmenter.model, smallest_part=row["smallest_part"])
+        report(f"{name}: parts under {row['smallest_part']:.0%} of the largest are dropped")
     started = time.monotonic()
-    for level in (0.0, *noise):
+    for level in levels:
         row["test"][f"{level:g}"] = [
             asdict(score) for pair in pairs for score in scored(segmenter, recipe, pair, level)
         ]
@@ -254,7 +269,8 @@ def table(rows: Sequence[dict[str, Any]], noise: str = "0") -> str:
     """Markdown: a network a line, mean ± sd over test images (each the mean of its classes and of the seeds).
 
     Where more than one seed was run, the sd of the seeds' means follows. The validation score is the one that chose the
-    checkpoint. The last column tests DSC against the first network, image by image.
+    checkpoint, or, where parts are dropped, that of the whole segmenter with its share. The last column tests DSC
+    against the first network, image by image.
     """
     names = list(dict.fromkeys(row["network"] for row in rows))
     values = {name: _by_case([row for row in rows if row["network"] == name], noise) for name in names}
@@ -276,7 +292,9 @@ def table(rows: Sequence[dict[str, Any]], noise: str = "0") -> str:
         minutes = np.mean([row["seconds"] for row in own]) / 60
         cells = [f"{own[0]['parameters'] / 1e6:.2f} M", str(len(own)), *cells]
         cells += [f"{np.mean([row['validation'] for row in own]):.3f}", f"{minutes:.0f}", against]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        shares = ", ".join(f"{share:.0%}" for share in sorted({row.get("smallest_part", 0.0) for row in own} - {0.0}))
+        parts = f" (parts under {shares} dropped)" if shares else ""
+        lines.append(f"| {name}{parts} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -116,6 +116,35 @@ def test_an_ablation_leaves_out_what_its_name_says() -> None:
     assert not any("spectral" in name for name in names)
 
 
+def test_small_parts_are_dropped_alike_for_every_network_where_asked(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def chosen(segmenter: Any, own: Any, pairs: Any) -> dict[float, float]:
+        seen.append([pair.name for pair in pairs])
+        return {0.3: 0.75, 0.0: 0.5}
+
+    used: list[float] = []
+    measured = spectral_comparison.scored
+    monkeypatch.setattr(spectral_comparison, "choose_smallest_part", chosen)
+    monkeypatch.setattr(
+        spectral_comparison,
+        "scored",
+        lambda segmenter, *rest: used.append(segmenter.model.smallest_part) or measured(segmenter, *rest),
+    )
+    networks = ("SpectralVMUNet", "UNet")
+    rows = compare(config, tmp_path / "work", networks=networks, drop_parts=True, report=lambda line: None)
+    assert [row["smallest_part"] for row in rows] == [0.3, 0.3]
+    assert len(seen) == 2
+    assert not set(seen[0]) & {"x8", "x9", "x10", "x11"}
+    assert used == [0.3] * 8
+    assert "| UNet (parts under 30% dropped) |" in table(rows)
+    assert "| 0.750 |" in table(rows)
+    with pytest.raises(SettingsError, match="another configuration"):
+        compare(config, tmp_path / "work", networks=networks, report=lambda line: None)
+
+
 def test_every_network_is_measured_on_the_test_images_and_a_finished_run_is_read(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
