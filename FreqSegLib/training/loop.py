@@ -10,12 +10,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from FreqSegLib.errors import FreqSegError, OutputError, SettingsError
+from FreqSegLib.device import first_line
+from FreqSegLib.errors import FreqSegError, OutputError, SettingsError, WeightsError
 
 _UNWRITTEN = (
     "cannot write {path}; the last checkpoint is intact. Free some space on the disk, then start the same command again"
@@ -91,6 +93,8 @@ def fit(
     Raises:
         FreqSegError: the loss is not finite; the step is named and the last checkpoint is intact.
         OutputError: a file cannot be written, as on a full disk; the last checkpoint is intact.
+        WeightsError: the checkpoint to go on from is damaged.
+        SettingsError: it is of another network.
     """
     folder.mkdir(parents=True, exist_ok=True)
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -102,10 +106,7 @@ def fit(
     state: dict[str, Any] = {"step": 0, "best": None, "last": None, "stale": 0, "seconds": 0.0}
     last, best_file, log = folder / "last.pt", folder / "best.pt", folder / "log.csv"
     if last.exists():
-        saved = torch.load(last, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        state = saved["state"]
+        state = _resume(last, model, optimiser)
         if writes:
             _keep_rows(log, state["step"])
     wait()
@@ -148,7 +149,7 @@ def fit(
             if report:
                 report(row)
     if config.keep == "best":
-        model.load_state_dict(torch.load(best_file, map_location="cpu", weights_only=True)["model"])
+        model.load_state_dict(_read(best_file, "model")["model"])
     model.eval()
     return {**state[config.keep], "seconds": state["seconds"]}
 
@@ -173,6 +174,33 @@ def rate(step: int, config: LoopConfig) -> float:
         return config.learning_rate * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.final_rate + (config.learning_rate - config.final_rate) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _resume(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """Give model and optimiser what a run had at its last checkpoint; its counters come back."""
+    saved = _read(path, "model", "optimiser", "state")
+    try:
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+    except (RuntimeError, ValueError) as error:
+        raise SettingsError(
+            f"{path} is of another network ({str(error).splitlines()[-1].strip()}). Give another folder, or delete "
+            "this one to start anew."
+        ) from error
+    state: dict[str, Any] = saved["state"]
+    return state
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in keys}
+    # what torch raises for a damaged file depends on where the damage is
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"the checkpoint {path} is damaged ({first_line(error)}). Put back a copy of it, or delete its folder to "
+            "start anew."
+        ) from error
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -32,6 +32,7 @@ from FreqSegLib.training.processes import processes
 from FreqSegLib.training.spectral_config import LossConfig, SpectralRecipe
 from FreqSegLib.training.spectral_data import Batch, Batches, Item, find_pairs, load_split, split
 from FreqSegLib.training.spectral_test import CaseScore, choose_smallest_part, class_table, scored
+from FreqSegLib.training.work_folder import claim
 
 Row = dict[str, float]
 PANELS: dict[str, tuple[str, ...]] = {"training loss": ("loss", "train_"), "validation DSC": ("score", "dsc_")}
@@ -179,7 +180,12 @@ class SpectralTraining:
 
         Returns:
             The best row of the log.
+
+        Raises:
+            SettingsError: the folder holds a run of another recipe.
         """
+        if self.rank == 0:
+            claim(self.work, _deciding(self.recipe))
         board = self._board()
 
         def told(row: Row) -> None:
@@ -375,6 +381,17 @@ class SpectralTraining:
                 f"tensorboard is on, but cannot be loaded ({error}); run 'pip install tensorboard', or turn it off"
             ) from error
         return SummaryWriter(str(self.work / "tensorboard"))
+
+
+def _deciding(recipe: SpectralRecipe) -> SpectralRecipe:
+    """The recipe without what changes nothing in the network that comes of it."""
+    return replace(
+        recipe,
+        description="",
+        licence="",
+        data=replace(recipe.data, colors=(), test_images="", test_labels=""),
+        training=replace(recipe.training, workers=0, checkpointing=False, stored="float16", tensorboard=False),
+    )
 
 
 def _variant(recipe: SpectralRecipe) -> str:

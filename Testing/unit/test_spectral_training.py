@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from two_processes import run_twice
 
-from FreqSegLib.errors import FreqSegError, InputError, SettingsError
+from FreqSegLib.errors import FreqSegError, InputError, SettingsError, WeightsError
 from FreqSegLib.mamba.blocks import Stage
 from FreqSegLib.mamba.model_config import WEIGHTS_FILE, InputConfig, ModelConfig, SpectralModel, read_config
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
@@ -216,6 +216,32 @@ def test_a_run_killed_without_warning_goes_on_with_the_same_curve(
     assert (tmp_path / "models" / "tiny" / "model.safetensors").read_bytes() == (
         model / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_work_folder_belongs_to_one_configuration_but_for_words(images: Path, tmp_path: Path) -> None:
+    def train(**changes: Any) -> None:
+        config = configuration(images, **{"training": {"epochs": 1}, **changes})
+        train_spectral(config, tmp_path / "work", tmp_path / "models", device="cpu", report=lambda line: None)
+
+    train()
+    before = rows(tmp_path / "work")
+    train(description="in other words")
+    assert rows(tmp_path / "work") == before
+    with pytest.raises(SettingsError, match="holds a run of another recipe; give another work folder"):
+        train(training={"epochs": 1, "learning_rate": 0.1})
+    assert rows(tmp_path / "work") == before
+
+
+@pytest.mark.parametrize("kept", [0, 500, 4000])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(images: Path, tmp_path: Path, kept: int) -> None:
+    config = configuration(images, training={"epochs": 1})
+    train_spectral(config, tmp_path, tmp_path / "models", device="cpu", report=lambda line: None)
+    checkpoint = tmp_path / "tiny" / "last.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:kept])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    with pytest.raises(WeightsError, match=r"last\.pt is damaged .* delete its folder to start anew"):
+        train_spectral(config, tmp_path, tmp_path / "models", device="cpu", report=lambda line: None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == before
 
 
 def test_two_processes_average_their_gradients(images: Path, project_root: Path, tmp_path: Path) -> None:
