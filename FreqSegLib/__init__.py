@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from FreqSegLib.errors import FreqSegError
 
 __version__ = "0.1.0"
-__all__ = ["FreqSegError", "TextSegmenter", "Volume", "VolumeFuser", "__version__"]
+__all__ = ["FreqSegError", "SpectralSegmenter", "TextSegmenter", "Volume", "VolumeFuser", "__version__"]
 
 if TYPE_CHECKING:
+    from FreqSegLib.spectral_segmentation import SpectralSegmenter
     from FreqSegLib.text_segmentation import TextSegmenter
     from FreqSegLib.volume import Volume
     from FreqSegLib.volume_fusion import VolumeFuser
 
 _LATE = {
+    "SpectralSegmenter": "FreqSegLib.spectral_segmentation",
     "TextSegmenter": "FreqSegLib.text_segmentation",
     "Volume": "FreqSegLib.volume",
     "VolumeFuser": "FreqSegLib.volume_fusion",

@@ -57,7 +57,8 @@ def export(
     """Write a trained model as TorchScript, as a torch.export program, or as ONNX, for inputs of one size.
 
     Each file is loaded again and compared with the model. TorchScript, torch.export and ONNX are delivered only if
-    their numbers are the same to 1e-4; for int8 the difference is measured and reported.
+    their numbers are the same to 1e-4 of the largest (or of 1, if that is more); for int8 the difference is measured
+    and reported.
     """
     session = session_of(context)
     for path in image or []:

@@ -52,7 +52,11 @@ def spectral(
         ),
     ],
     uncertainty: Annotated[
-        Path | None, typer.Option(help="Also write how unsure the model is, in [0, 1], as a volume (slower).")
+        Path | None,
+        typer.Option(
+            help="Also write how unsure the model is, in [0, 1], as a volume (slower). The labels are then those of "
+            "the mean of all repetitions, and differ here and there from those without it."
+        ),
     ] = None,
     method: Annotated[
         Method,

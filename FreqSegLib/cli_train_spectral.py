@@ -10,6 +10,7 @@ import typer
 
 from FreqSegLib.cli_app import app, session_of
 from FreqSegLib.cli_common_options import Device
+from FreqSegLib.cli_output import check_folder
 
 
 @app.command("train-spectral")
@@ -36,12 +37,19 @@ def train_spectral(
     Several processes: torchrun --nproc-per-node N -m FreqSegLib train-spectral CONFIG
     """
     from FreqSegLib import weights
+    from FreqSegLib.errors import Cancelled
     from FreqSegLib.training.spectral_recipe import train_spectral as run
 
     session = session_of(context)
-    folder = run(config, work, models, data=data, device=device, report=session.say)
+    check_folder(work)
+    check_folder(models)
+    try:
+        folder = run(config, work, models, data=data, device=device, report=session.say)
+    except KeyboardInterrupt:
+        raise Cancelled("Stopped; the same command goes on from the last checkpoint.") from None
     if os.environ.get("RANK", "0") != "0":
         return
     if folder.name in weights.catalogue():
         weights.record_shipped(folder.name, models)
     session.say(f"Weights, {folder.name}'s description and its card are in {folder}")
+    session.say(f'Use it: freqseg spectral VOLUME --model "{folder.resolve()}" -o labels.seg.nrrd')

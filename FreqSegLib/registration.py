@@ -269,13 +269,13 @@ class OnGrid:
         return np.asarray(sitk.GetArrayFromImage(resample.Execute(self._image)))
 
 
-def same_grid(one: Volume, other: Volume) -> bool:
-    """Whether every voxel of one lies on the same voxel of the other, to a thousandth of a voxel."""
+def same_grid(one: Volume, other: Volume, tolerance: float = 1e-3) -> bool:
+    """Whether every voxel of one lies on the same voxel of the other, to a share of a voxel."""
     if one.shape != other.shape:
         return False
     corners = np.array(np.meshgrid(*[(0, count - 1) for count in one.shape[::-1]], [1])).reshape(4, -1)
     apart = np.linalg.norm((one.affine - other.affine) @ corners, axis=0).max()
-    return bool(apart < 1e-3 * one.spacing.min())
+    return bool(apart < tolerance * one.spacing.min())
 
 
 def _head(image: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -93,7 +93,7 @@ class SpectralSegmenter:
 
     Example:
         >>> segmenter = SpectralSegmenter.from_model("spectral-hippocampus")
-        >>> result = segmenter.segment(Volume.read("t1.nii.gz"), uncertainty="flips")
+        >>> result = segmenter.segment(Volume.read("t1.nii.gz"), uncertainty="auto")
         >>> result.classes[0].name, result.classes[0].mask.sum()
     """
 

@@ -192,6 +192,9 @@ def compare(
     for name in networks:
         if name not in (OWN, *ABLATIONS, *PEERS):
             raise SettingsError(f"there is no network {name!r}; choose of {', '.join((OWN, *ABLATIONS, *PEERS))}")
+    networks, seeds = list(dict.fromkeys(networks)), list(dict.fromkeys(seeds))
+    if any(not level > 0 for level in noise):
+        raise SettingsError(f"noise must be above 0, got {min(noise)}")
     pairs = find_pairs(recipe.data, place, test=True)
     rows = []
     for seed in seeds:
@@ -247,7 +250,8 @@ def _run(
         shares = choose_smallest_part(segmenter, recipe, validation)
         row["smallest_part"], row["validation"] = next(iter(shares.items()))
         segmenter.model = replace(segmenter.model, smallest_part=row["smallest_part"])
-        report(f"{name}: parts under {row['smallest_part']:.0%} of the largest are dropped")
+        share = row["smallest_part"]
+        report(f"{name}: {f'parts under {share:.0%} of the largest are dropped' if share else 'all parts are kept'}")
     started = time.monotonic()
     for level in levels:
         row["test"][f"{level:g}"] = [

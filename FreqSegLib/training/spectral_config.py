@@ -56,6 +56,13 @@ class AugmentConfig:
     contrast: float = 0.15
     noise: float = 0.03
 
+    def __post_init__(self) -> None:
+        for name in ("rotation", "scale", "shift", "gamma", "brightness", "contrast", "noise"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.scale >= 1:
+            raise SettingsError(f"scale must be below 1, got {self.scale}")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -104,7 +111,7 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "patience", "validate_every"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("steps_per_epoch", "workers", "warmup_epochs", "weight_decay"):
+        for name in ("steps_per_epoch", "workers", "warmup_epochs", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
@@ -142,6 +149,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.classes:
             raise SettingsError("classes must name at least one class besides the background")
+        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        if twice:
+            raise SettingsError(f"classes must differ, '{twice[0]}' is named twice")
+        if bool(self.test_images) != bool(self.test_labels):
+            raise SettingsError("test_images and test_labels belong together; give both, or neither")
         if self.binary and len(self.classes) != 1:
             raise SettingsError(f"binary labels have one class, got {len(self.classes)}: {', '.join(self.classes)}")
         if self.images == self.labels and self.image_ending == self.label_ending:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from FreqSegLib.errors import InputError
 from FreqSegLib.mamba.model_config import InputConfig
 from FreqSegLib.mamba.spectral_input import SliceInput, VolumeInput
+from FreqSegLib.registration import same_grid
 from FreqSegLib.training.spectral_config import AugmentConfig, DataConfig, SpectralRecipe, TrainingConfig
 from FreqSegLib.volume import Volume
 
@@ -116,6 +117,12 @@ def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
     volume, label = Volume.read(pair.image), Volume.read(pair.label)
     if volume.shape != label.shape:
         raise InputError(f"{pair.image} has {volume.shape} voxels, its labels {label.shape}; they must be on one grid")
+    if volume.spatial_dimension == label.spatial_dimension == 3 and not same_grid(volume, label, tolerance=0.5):
+        raise InputError(
+            f"{pair.image} and {pair.label} lie apart by more than half a voxel (origins {_said(volume.origin)} and "
+            f"{_said(label.origin)}, spacings {_said(volume.spacing)} and {_said(label.spacing)} mm); they must be on "
+            "one grid: resample the labels, or copy the image's geometry to them"
+        )
     array = read_labels(label, data, pair.label)
     if config.form == "volume":
         whole = VolumeInput.of(volume, config)
@@ -129,6 +136,10 @@ def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
     ]
 
 
+def _said(lengths: NDArray[np.float64]) -> str:
+    return "(" + ", ".join(f"{length:g}" for length in lengths) + ")"
+
+
 def read_labels(label: Volume, data: DataConfig, path: Path) -> NDArray[np.uint8]:
     """Labels (k, j, i) from 0 to the number of classes.
 
@@ -140,9 +151,10 @@ def read_labels(label: Volume, data: DataConfig, path: Path) -> NDArray[np.uint8
     values = np.unique(label.array)
     wrong = [value for value in values if value not in range(len(data.classes) + 1)]
     if wrong:
+        hint = "; set binary where any value above 0 means the class" if len(data.classes) == 1 else ""
         raise InputError(
             f"{path}: labels must be 0 (background) to {len(data.classes)} ({', '.join(data.classes)}), got "
-            f"{wrong[0]:g}; set binary where any value above 0 means the class"
+            f"{wrong[0]:g}{hint}"
         )
     return label.array.astype(np.uint8)
 
@@ -293,8 +305,17 @@ def load_split(recipe: SpectralRecipe, folder: Path) -> tuple[list[Item], list[I
     Raises:
         InputError: see :func:`find_pairs`, :func:`split`, :func:`read_items`.
     """
-    train, validation = split(find_pairs(recipe.data, folder), recipe.training.validation_share)
-    return (
-        [item for pair in train for item in read_items(pair, recipe.data, recipe.input)],
-        [item for pair in validation for item in read_items(pair, recipe.data, recipe.input)],
+    if recipe.data.test_images:
+        # not read yet, but missing after hours of training they would be a pity
+        find_pairs(recipe.data, folder, test=True)
+    train, validation = (
+        [item for pair in pairs for item in read_items(pair, recipe.data, recipe.input)]
+        for pairs in split(find_pairs(recipe.data, folder), recipe.training.validation_share)
     )
+    for number, name in enumerate(recipe.data.classes, start=1):
+        if any((item.label > 0).any() for item in train) and not any((item.label == number).any() for item in train):
+            raise InputError(
+                f"no training image shows '{name}' (label {number}), so it cannot be learned; take it out of classes, "
+                "or check the labels"
+            )
+    return train, validation

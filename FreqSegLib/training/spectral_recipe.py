@@ -186,6 +186,8 @@ class SpectralTraining:
         """
         if self.rank == 0:
             claim(self.work, _deciding(self.recipe))
+            if (self.work / "last.pt").exists():
+                report(f"going on from the checkpoint in {self.work}")
         board = self._board()
 
         def told(row: Row) -> None:
@@ -378,7 +380,8 @@ class SpectralTraining:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise SettingsError(
-                f"tensorboard is on, but cannot be loaded ({error}); run 'pip install tensorboard', or turn it off"
+                f"training.tensorboard is on, but cannot be loaded ({error}); run 'pip install tensorboard', or turn "
+                "it off"
             ) from error
         return SummaryWriter(str(self.work / "tensorboard"))
 

@@ -109,7 +109,8 @@ def test_onnx_gives_the_same_numbers_and_8_bits_cost_what_is_told(tmp_path: Path
     rounded = run_onnx(tmp_path / "out" / "made-up.int8.onnx", image)[0]
     assert 1e-4 < float((rounded - expected).abs().max()) < 0.5 * float(expected.abs().max())
     assert plain.largest_difference < 1e-4 < small.largest_difference
-    assert small.megabytes < 0.7 * plain.megabytes
+    # convolutions keep their precision
+    assert small.megabytes < (0.9 if "every stage" in form else 0.7) * plain.megabytes
     assert small.megabytes == (tmp_path / "out" / "made-up.int8.onnx").stat().st_size / 1e6
     assert plain.same_labels == 1.0
     assert 0.8 < small.same_labels <= 1.0

@@ -116,6 +116,13 @@ def test_an_ablation_leaves_out_what_its_name_says() -> None:
     assert not any("spectral" in name for name in names)
 
 
+def test_noise_below_zero_is_named_and_a_network_named_twice_is_run_once(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="noise must be above 0, got -1"):
+        compare(config, tmp_path / "work", noise=(0.1, -1), report=lambda line: None)
+    rows = compare(config, tmp_path / "work", networks=("UNet", "UNet"), seeds=(0, 0), report=lambda line: None)
+    assert [(row["network"], row["seed"]) for row in rows] == [("UNet", 0)]
+
+
 def test_small_parts_are_dropped_alike_for_every_network_where_asked(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

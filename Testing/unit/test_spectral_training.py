@@ -26,7 +26,7 @@ from FreqSegLib.mamba.model_config import WEIGHTS_FILE, InputConfig, ModelConfig
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training import spectral_test
 from FreqSegLib.training.spectral_config import AugmentConfig, DataConfig, LossConfig, SpectralRecipe, TrainingConfig
-from FreqSegLib.training.spectral_data import Batches, Pair, augmented, find_pairs, load_split, split
+from FreqSegLib.training.spectral_data import Batches, Pair, augmented, find_pairs, load_split, read_items, split
 from FreqSegLib.training.spectral_recipe import SpectralTraining, train_spectral
 from FreqSegLib.volume import Volume
 
@@ -320,6 +320,53 @@ def test_toml_says_the_same_as_json(images: Path, tmp_path: Path) -> None:
     path.write_text("name = ", encoding="utf-8")
     with pytest.raises(SettingsError, match="cannot be parsed"):
         read_config(path, SpectralRecipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"seed": -5}}, "seed must be at least 0, got -5"),
+        ({"augment": {"noise": -0.1}}, "noise must be at least 0, got -0.1"),
+        ({"augment": {"rotation": -400}}, "rotation must be at least 0, got -400"),
+        ({"augment": {"scale": 1.0}}, "scale must be below 1, got 1.0"),
+        ({"loss": {"gamma": -1}}, "gamma must be at least 0, got -1"),
+        ({"loss": {"adversarial_weight": -1}}, "adversarial_weight must be at least 0, got -1"),
+        ({"data": {"test_images": "test"}}, "test_images and test_labels belong together"),
+        ({"data": {"binary": False, "classes": ["a", "a"]}}, "classes must differ, 'a' is named twice"),
+    ],
+)
+def test_numbers_out_of_range_and_halves_of_pairs_are_named(images: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        recipe(images, **changes)
+
+
+def test_missing_test_images_and_classes_that_nothing_shows_are_named_before_training(
+    images: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"the folder of images does not exist: .*nowhere"):
+        load_split(recipe(images, data={"test_images": "nowhere", "test_labels": "nowhere2"}), images)
+    write_volumes(tmp_path, ((10, 12, 12),) * 3)
+    data = {"labels": "labels", "image_ending": ".nii.gz", "label_ending": ".nii.gz", "binary": False}
+    two = {"classes": ["one", "two"], **data}
+    load_split(recipe(tmp_path, data=two, input={"form": "slices"}, model={"out_channels": 3}), tmp_path)
+    three = recipe(
+        tmp_path, data={**two, "classes": ["one", "two", "heart"]}, input={"form": "slices"}, model={"out_channels": 4}
+    )
+    with pytest.raises(InputError, match=r"no training image shows 'heart' \(label 3\)"):
+        load_split(three, tmp_path)
+
+
+def test_labels_that_lie_elsewhere_are_named(tmp_path: Path) -> None:
+    write_volumes(tmp_path, ((10, 12, 12),) * 2)
+    path = tmp_path / "labels" / "v0.nii.gz"
+    moved = AFFINE.copy()
+    moved[0, 3] = 50
+    label = Volume.read(path)
+    Volume(label.array, moved).write(path, overwrite=True)
+    data = DataConfig("images", "labels", ("one", "two"))
+    pair = next(pair for pair in find_pairs(data, tmp_path) if pair.name == "v0")
+    with pytest.raises(InputError, match=r"lie apart by more than half a voxel \(origins .*50"):
+        read_items(pair, data, InputConfig())
 
 
 def test_every_key_of_a_configuration_is_documented(project_root: Path) -> None:

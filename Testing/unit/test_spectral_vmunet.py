@@ -321,6 +321,7 @@ def test_the_residual_block_is_monais(dimensions: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("form", FORMS)
 def test_torch_compile_takes_the_network_in_use_and_in_training(form: str) -> None:
     model = open_gates(small(num_stages=2, **FORMS[form])).eval()
