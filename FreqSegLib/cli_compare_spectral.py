@@ -55,21 +55,25 @@ def compare_spectral(
 ) -> None:
     """Train SpectralVMUNet and MONAI's networks on the same images in the same way, and measure them on test images."""
     from FreqSegLib.device import resolve_device
+    from FreqSegLib.errors import Cancelled
     from FreqSegLib.output_file import replacing
     from FreqSegLib.training.spectral_comparison import OWN, as_csv, compare, table
 
     session = session_of(context)
-    rows = compare(
-        config,
-        output,
-        data=data,
-        networks=network or (OWN, "UNet", "SegResNet"),
-        seeds=seed or (0,),
-        noise=noise or (),
-        drop_parts=drop_parts,
-        device=resolve_device(device),
-        report=session.say,
-    )
+    try:
+        rows = compare(
+            config,
+            output,
+            data=data,
+            networks=network or (OWN, "UNet", "SegResNet"),
+            seeds=seed or (0,),
+            noise=noise or (),
+            drop_parts=drop_parts,
+            device=resolve_device(device),
+            report=session.say,
+        )
+    except KeyboardInterrupt:
+        raise Cancelled("Stopped; the same command goes on from the last checkpoint.") from None
     text = table(rows)
     for level in noise or ():
         text += f"\nWith noise of {level:g} of the range:\n\n{table(rows, f'{level:g}')}"

@@ -613,9 +613,12 @@ def register_scan(
 
 def _no_second_derivatives(ctx: Any, *grads: Any) -> Any:
     """Raises:
-    NotImplementedError: always; without it torch would take them for zero.
+    SettingsError: always; without it torch would take them for zero.
     """
-    raise NotImplementedError("the selective scan has no second derivatives; plain_scan has, at its cost in memory")
+    raise SettingsError(
+        "the selective scan gives first derivatives only; for second ones (create_graph=True) call plain_scan, which "
+        "keeps every state in memory"
+    )
 
 
 register_scan("selective_scan", chunks_forward, chunks_backward)

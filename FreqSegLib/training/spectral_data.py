@@ -108,8 +108,8 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
-    """A pair as the network sees it: every slice, or the volume.
+def read_pair(pair: Pair, data: DataConfig) -> tuple[Volume, NDArray[np.uint8]]:
+    """An image, and its labels (k, j, i) from 0 to the number of classes.
 
     Raises:
         InputError: the files' grids differ, or a label lies outside the classes.
@@ -123,7 +123,16 @@ def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
             f"{_said(label.origin)}, spacings {_said(volume.spacing)} and {_said(label.spacing)} mm); they must be on "
             "one grid: resample the labels, or copy the image's geometry to them"
         )
-    array = read_labels(label, data, pair.label)
+    return volume, read_labels(label, data, pair.label)
+
+
+def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
+    """A pair as the network sees it: every slice, or the volume.
+
+    Raises:
+        InputError: see :func:`read_pair`.
+    """
+    volume, array = read_pair(pair, data)
     if config.form == "volume":
         whole = VolumeInput.of(volume, config)
         return [Item(pair.name, pair.name, whole.image()[0, 0], whole.labels(array)[0])]
@@ -312,8 +321,10 @@ def load_split(recipe: SpectralRecipe, folder: Path) -> tuple[list[Item], list[I
         [item for pair in pairs for item in read_items(pair, recipe.data, recipe.input)]
         for pairs in split(find_pairs(recipe.data, folder), recipe.training.validation_share)
     )
+    count = len(recipe.data.classes) + 1
+    shown = torch.stack([torch.bincount(item.label.flatten(), minlength=count) for item in train]).sum(0)
     for number, name in enumerate(recipe.data.classes, start=1):
-        if any((item.label > 0).any() for item in train) and not any((item.label == number).any() for item in train):
+        if shown[1:].any() and not shown[number]:
             raise InputError(
                 f"no training image shows '{name}' (label {number}), so it cannot be learned; take it out of classes, "
                 "or check the labels"

@@ -12,8 +12,7 @@ from FreqSegLib.evaluation.segmentation_metrics import NSD_TOLERANCE, dice, over
 from FreqSegLib.sam.coarse_mask import largest_components_3d
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training.spectral_config import SpectralRecipe
-from FreqSegLib.training.spectral_data import Pair, read_labels
-from FreqSegLib.volume import Volume
+from FreqSegLib.training.spectral_data import Pair, read_pair
 
 METRICS = ("dsc", "nsd", "hd95", "boundary_iou")
 PARTS, PART_COSTS = (0.0, 0.05, 0.1, 0.3, 1.0), 0.002
@@ -48,8 +47,7 @@ def scored(
         noise: standard deviation of Gaussian noise added first, as a share of the image's range of grey levels.
         tolerance: of NSD, in the unit of the file's spacing.
     """
-    volume, label = Volume.read(pair.image), Volume.read(pair.label)
-    truth = read_labels(label, recipe.data, pair.label)
+    volume, truth = read_pair(pair, recipe.data)
     if noise:
         array = volume.array.astype(np.float32)
         rng = np.random.default_rng([len(pair.name), *pair.name.encode()])
@@ -82,8 +80,8 @@ def choose_smallest_part(
     """
     found: dict[float, list[float]] = {share: [] for share in PARTS}
     for pair in pairs:
-        truth = read_labels(Volume.read(pair.label), recipe.data, pair.label)
-        for number, one in enumerate(segmenter.segment(Volume.read(pair.image), keep_probabilities=False), start=1):
+        volume, truth = read_pair(pair, recipe.data)
+        for number, one in enumerate(segmenter.segment(volume, keep_probabilities=False), start=1):
             if (truth == number).any():
                 for share, values in found.items():
                     values.append(dice(largest_components_3d(one.mask, share), truth == number))
