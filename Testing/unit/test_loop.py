@@ -69,6 +69,17 @@ def without_time(best: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in best.items() if key != "seconds"}
 
 
+def test_another_networks_checkpoint_is_named_in_one_sentence_and_kept(unbroken, tmp_path: Path) -> None:
+    _, _, folder = unbroken
+    before = (folder / "last.pt").read_bytes()
+    wider = nn.Sequential(nn.Linear(4, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 1))
+    said = r"last\.pt is of another network \(size mismatch for .*Give another folder"
+    with pytest.raises(SettingsError, match=said) as told:
+        fit(wider, *task(wider), folder, CONFIG)
+    assert "\n" not in str(told.value)
+    assert (folder / "last.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("stop_at", [0, 2, 3, 7, 11])
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(unbroken, tmp_path: Path, stop_at: int) -> None:
     folder = tmp_path / "broken"
