@@ -75,7 +75,7 @@ train-zero-shot: setup
 	$(BIN)/freqseg train zero-shot --test
 
 train-spectral: setup
-	for config in Resources/Configs/spectral-*.json; do $(BIN)/freqseg train-spectral $$config --data "$${FREQSEG_DATA:-../shared/data}" || exit 1; done
+	for config in Resources/Configs/spectral-*.json; do $(BIN)/freqseg train-spectral $$config --overwrite --data "$${FREQSEG_DATA:-../shared/data}" || exit 1; done
 
 clean:
 	rm -rf build freqseg-demo .pytest_cache .mypy_cache .ruff_cache

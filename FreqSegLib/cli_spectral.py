@@ -6,7 +6,7 @@ import json
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,11 @@ from FreqSegLib.cli_app import app, session_of
 from FreqSegLib.cli_common_options import Device, FillNonfinite, FrameNumber, Overwrite, Quiet, Series
 from FreqSegLib.cli_output import Delivery, check_apart, check_target
 from FreqSegLib.cli_progress import progress_on, readable_time
-from FreqSegLib.errors import Cancelled, InputError, OutputError
+from FreqSegLib.errors import Cancelled, InputError, OutputError, SettingsError
+
+if TYPE_CHECKING:
+    from FreqSegLib.mamba.model_config import SpectralModel
+    from FreqSegLib.volume import Volume
 
 
 class Method(str, Enum):
@@ -88,6 +92,7 @@ def spectral(
     started = time.monotonic()
     if not volume.exists():
         raise InputError(f"{volume}: no such file or folder")
+    _check_repetitions(context, uncertainty)
     files = [path for path in (output, uncertainty) if path is not None]
     _check_formats(output, uncertainty)
     check_apart(files, [volume] if volume.is_file() else [])
@@ -99,6 +104,7 @@ def spectral(
         from FreqSegLib.volume import Volume, write_segmentation
 
         image = Volume.read(volume, series=series, frame=frame, fill_nonfinite=fill_nonfinite)
+        _check_formats(output, uncertainty, image)
         show("Loading the model", 0, 0, None)
         from FreqSegLib.spectral_segmentation import SpectralSegmenter
 
@@ -129,7 +135,8 @@ def spectral(
                 delivery.deliver()
     millilitres = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
     flat = image.spatial_dimension == 2
-    for sentence in found.warnings:
+    warnings = [*_caution(image, segmenter.model), *found.warnings]
+    for sentence in warnings:
         session.warn(sentence)
     if as_json:
         summary = {
@@ -141,7 +148,7 @@ def spectral(
                 for index, one in enumerate(found, start=1)
             ],
             "files": [str(path) for path in files],
-            "warnings": list(found.warnings),
+            "warnings": warnings,
             "seconds": round(time.monotonic() - started, 2),
         }
         print(json.dumps(summary, indent=2))
@@ -155,8 +162,20 @@ def spectral(
         session.say(f"Took {readable_time(time.monotonic() - started)}.")
 
 
-def _check_formats(output: Path, uncertainty: Path | None) -> None:
-    from FreqSegLib.image_file import WRITABLE, suffix_of
+def _check_repetitions(context: typer.Context, uncertainty: Path | None) -> None:
+    if uncertainty is not None:
+        return
+    for name in ("method", "measure", "samples", "seed"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SettingsError(f"--{name} says how uncertainty is measured; give --uncertainty FILE too")
+
+
+def _check_formats(output: Path, uncertainty: Path | None, volume: Volume | None = None) -> None:
+    """Whether the extensions are known and, once the volume is, whether their formats can hold what is written."""
+    import numpy as np
+
+    from FreqSegLib.image_file import WRITABLE, check_writable, suffix_of
 
     for path in (output, uncertainty):
         if path is not None and suffix_of(path) not in WRITABLE:
@@ -165,3 +184,21 @@ def _check_formats(output: Path, uncertainty: Path | None) -> None:
             )
     if uncertainty is not None and suffix_of(uncertainty) == ".seg.nrrd":
         raise OutputError(f"cannot write {uncertainty}: .seg.nrrd holds segments, this is a map; use .nrrd")
+    if volume is None:
+        return
+    if suffix_of(output) != ".seg.nrrd":
+        check_writable(output, volume.with_array(np.broadcast_to(np.uint8(0), volume.shape)))
+    if uncertainty is not None:
+        check_writable(uncertainty, volume.with_array(np.broadcast_to(np.float32(0), volume.shape)))
+
+
+def _caution(volume: Volume, model: SpectralModel) -> list[str]:
+    """A sentence where the volume seems to be another kind of picture than the model was trained on."""
+    from FreqSegLib.contrast import contrast_in, contrast_name, other_contrast
+
+    wanted = contrast_in(f"{model.description} {model.name}")
+    found = other_contrast(f"{volume.name} {volume.description}", volume.modality, wanted)
+    if not found or wanted is None:
+        return []
+    shown = contrast_name(wanted)
+    return [f"'{volume.name}' seems to be {found}; '{model.name}' was trained on {shown}. Expect a poor result."]

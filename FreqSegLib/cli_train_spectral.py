@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from FreqSegLib.cli_app import app, session_of
-from FreqSegLib.cli_common_options import Device
+from FreqSegLib.cli_common_options import Device, Overwrite
 from FreqSegLib.cli_output import check_folder
 
 
@@ -30,6 +30,7 @@ def train_spectral(
         "Resources/Models"
     ),
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a spectral model on images or volumes with labels.
 
@@ -44,7 +45,7 @@ def train_spectral(
     check_folder(work)
     check_folder(models)
     try:
-        folder = run(config, work, models, data=data, device=device, report=session.say)
+        folder = run(config, work, models, data=data, device=device, overwrite=overwrite, report=session.say)
     except KeyboardInterrupt:
         raise Cancelled("Stopped; the same command goes on from the last checkpoint.") from None
     if os.environ.get("RANK", "0") != "0":

@@ -1,7 +1,8 @@
 """What is wrong with an image file that ITK would let pass.
 
-ITK fills a NIfTI or JPEG that ends too early with zeros or grey, turns a negative spacing into a flip, and writes some
-of its complaints straight to the console. These checks read the few bytes that tell, and speak first.
+ITK fills a NIfTI or JPEG that ends too early with zeros or grey, reads NaN in a NIfTI as 0, turns a negative spacing
+into a flip, and writes some of its complaints straight to the console. These checks read the bytes that tell, and speak
+first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from FreqSegLib.errors import InputError
 
 _HEADER_LIMIT = 1 << 20
 _CHUNK = 1 << 22
+_NIFTI_FLOATS = {16: "f4", 64: "f8"}
 _META_BYTES = {"UCHAR": 1, "CHAR": 1, "USHORT": 2, "SHORT": 2, "UINT": 4, "INT": 4, "FLOAT": 4, "DOUBLE": 8}
 
 SFORM_CODE_AT = 254
@@ -35,7 +37,11 @@ class NiftiHeader:
 
     shape: tuple[int, ...]
     spacing: tuple[float, ...]
+    offset: int
+    """Bytes before the voxels."""
     expected_bytes: int
+    floats: np.dtype[np.floating] | None
+    """How voxels are stored that are floating-point numbers, else None."""
     qform_code: int
     sform_code: int
     sform: NDArray[np.float64]
@@ -74,7 +80,7 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
         if size != 348 or head[344:347] != b"n+1":
             continue
         dim = struct.unpack_from(order + "8h", head, 40)
-        bits = struct.unpack_from(order + "h", head, 72)[0]
+        kind, bits = struct.unpack_from(order + "2h", head, 70)
         pixdim = struct.unpack_from(order + "8f", head, 76)
         offset = int(struct.unpack_from(order + "f", head, 108)[0])
         units = head[123]
@@ -88,7 +94,9 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
         return NiftiHeader(
             shape=shape,
             spacing=tuple(value * to_mm for value in pixdim[1 : min(dim[0], 3) + 1]),
+            offset=offset,
             expected_bytes=offset + math.prod(shape) * bits // 8,
+            floats=np.dtype(order + _NIFTI_FLOATS[kind]) if kind in _NIFTI_FLOATS else None,
             qform_code=qform_code,
             sform_code=sform_code,
             sform=sform,
@@ -96,19 +104,33 @@ def read_nifti_header(path: Path) -> NiftiHeader | None:
     return None
 
 
-def check_nifti(path: Path, header: NiftiHeader) -> None:
-    """Refuse spacings that are not positive, and data that end early or fail their checksum."""
+def check_nifti(path: Path, header: NiftiHeader) -> NDArray[np.int64]:
+    """Refuse spacings that are not positive, and data that end early or fail their checksum.
+
+    Returns:
+        Where voxels are NaN or infinite, counted in the order of the file; ITK reads them as 0.
+    """
     # A single-voxel axis needs no spacing; writers often leave 0 there, and ITK takes 1.
     check_spacing(path, tuple(s for s, count in zip(header.spacing, header.shape, strict=False) if count > 1 or s < 0))
+    voxels = math.prod(header.shape)
+    seen, bad = 0, []
     try:
         with open_plain(path) as file:
-            found = sum(len(chunk) for chunk in iter(lambda: file.read(_CHUNK), b""))
+            found = len(file.read(max(0, header.offset)))
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
+                found += len(chunk)
+                if header.floats is None:
+                    continue
+                count = min(len(chunk) // header.floats.itemsize, voxels - seen)
+                bad.append(seen + np.flatnonzero(~np.isfinite(np.frombuffer(chunk, header.floats, count))))
+                seen += count
     except (OSError, EOFError, zlib.error) as problem:
         raise InputError(f"{path}: the file is damaged or incomplete ({problem}); fetch it again") from problem
     if found < header.expected_bytes:
         raise InputError(
             f"{path}: the file is incomplete: {found} of {header.expected_bytes} bytes are there; fetch it again"
         )
+    return np.concatenate(bad) if bad else np.zeros(0, np.int64)
 
 
 def check_nrrd(path: Path) -> None:

@@ -157,7 +157,8 @@ def _shear(affine: NDArray[np.float64]) -> float:
     return float(np.abs(axes.T @ axes - np.eye(3)).max())
 
 
-def _volume(path: Path, image: Any, frame: int | None) -> Volume:
+def _volume(path: Path, image: Any, frame: int | None, nan_at: NDArray[np.int64] | None = None) -> Volume:
+    """An image's chosen volume; where ``nan_at``, counted in the order of a NIfTI's voxels, it is made NaN again."""
     import SimpleITK as sitk
 
     from FreqSegLib.volume import Volume
@@ -169,6 +170,10 @@ def _volume(path: Path, image: Any, frame: int | None) -> Volume:
     array = sitk.GetArrayFromImage(image)
     warnings: list[str] = []
     components = image.GetNumberOfComponentsPerPixel()
+    if nan_at is not None and nan_at.size:
+        # a NIfTI has one image after another where ITK has vectors
+        in_file = np.moveaxis(array, -1, 0) if components > 1 else array
+        in_file[np.unravel_index(nan_at, in_file.shape)] = np.nan
     if components > 1 and _is_colour(path, image, components):
         array, note = grey(array)
         warnings.append(f"{path.name}: {note}")
@@ -226,10 +231,10 @@ def _read_nifti(path: Path, frame: int | None) -> Volume:
     header = read_nifti_header(path)
     if header is None:
         return _volume(path, open_image(path), frame)
-    check_nifti(path, header)
+    bad = check_nifti(path, header)
     if header.sform_code > 0 and header.qform_code <= 0 and _is_sheared(path, header):
-        return _with_shear_noted(replace(_volume(path, _open_unplaced(path), frame), affine=header.sform))
-    volume = _volume(path, open_image(path), frame)
+        return _with_shear_noted(replace(_volume(path, _open_unplaced(path), frame, bad), affine=header.sform))
+    volume = _volume(path, open_image(path), frame, bad)
     if volume.spatial_dimension == 3 and max(header.sform_code, header.qform_code) <= 0:
         return _warned(volume, f"{path.name}: {_NO_ORIENTATION}")
     if volume.spatial_dimension == 3 and header.sform_code > 0:

@@ -155,7 +155,7 @@ def _finite(volume: Volume, fill: float | None) -> Volume:
     if fill is None:
         raise InputError(
             f"{volume.name}: {count} of {volume.array.size} voxels are NaN or infinite; "
-            "give a value to fill them with (--fill-nonfinite 0), or repair the file"
+            "give a value to fill them with (fill_nonfinite; in a shell --fill-nonfinite 0), or repair the file"
         )
     array = volume.array.copy()
     array[bad] = fill

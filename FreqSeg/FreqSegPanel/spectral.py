@@ -137,12 +137,14 @@ def why_not(volume_node, model: KnownModel | None) -> str:
 
 def caution(volume_node, model: KnownModel) -> str:
     """A sentence where the volume seems to be another kind of picture than the model was trained on, else ""."""
-    wanted = volume_input.contrast_in(f"{model.description} {model.name}")
+    from FreqSegLib.contrast import contrast_in, contrast_name
+
+    wanted = contrast_in(f"{model.description} {model.name}")
     found = volume_input.other_contrast(volume_node, wanted)
     if not found:
         return ""
     sentence = _("'{volume}' seems to be {found}; '{model}' was trained on {wanted}. Expect a poor result.")
-    shown = volume_input.contrast_name(wanted)
+    shown = contrast_name(wanted)
     return sentence.format(volume=volume_node.GetName(), found=found, model=model.name, wanted=shown)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,27 +17,6 @@ COPY_SECONDS = 0.012
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 """Weights of red, green and blue (ITU-R BT.601)."""
 
-_CONTRASTS = (
-    ("flair", r"flair|dark.?fluid|tirm"),
-    ("t1 with contrast agent", r"t1.*(\+c|\bce\b|post|gad|gd\b|contrast|km\b)|(post|gad|gd|ce).{0,3}t1|t1(ce|gd|c)\b"),
-    ("t2", r"(?<![a-z0-9])t2(?!\*)"),
-    ("t1", r"(?<![a-z0-9])t1|mprage|bravo|spgr"),
-    ("diffusion", r"\bdwi\b|\badc\b|diffusion"),
-    ("ct", r"(?<![a-z])ct(?![a-z])"),
-    ("ultrasound", r"ultrasound|sonogra|busi"),
-    ("x-ray", r"x.?ray|radiograph|\bcxr\b"),
-)
-_MODALITIES = {
-    "flair": ("MR",),
-    "t1 with contrast agent": ("MR",),
-    "t2": ("MR",),
-    "t1": ("MR",),
-    "diffusion": ("MR",),
-    "ct": ("CT",),
-    "ultrasound": ("US",),
-    "x-ray": ("CR", "DX", "RG", "RF"),
-}
-"""DICOM's names of the machines that make these."""
 _FITTING = {"flair": ("flair",), "t1": ("t1",), "ultrasound": ("ultrasound",), "xray": ("x-ray",)}
 
 
@@ -156,33 +134,26 @@ def dicom_value(volume_node, tag: str) -> str | None:
 
 def contrast_of(volume_node) -> str | None:
     """The kind of picture a volume's name or series description speaks of, such as "flair"; None if neither does."""
-    return contrast_in(" ".join(filter(None, (volume_node.GetName(), dicom_value(volume_node, "0008,103e")))))
+    from FreqSegLib.contrast import contrast_in
 
-
-def contrast_in(text: str) -> str | None:
-    """The kind of picture a text speaks of, such as "flair"; None if of none."""
-    text = text.lower().replace("_", " ")
-    return next((name for name, pattern in _CONTRASTS if re.search(pattern, text)), None)
-
-
-def contrast_name(contrast: str) -> str:
-    """A kind of picture as people write it."""
-    return contrast.upper() if contrast in ("t1", "t2", "ct", "flair") else contrast.replace("t1", "T1")
+    return contrast_in(_called(volume_node))
 
 
 def other_contrast(volume_node, wanted: str | None) -> str:
     """What kind of picture a volume seems to be where that is not the wanted one, else ""."""
-    if wanted is None:
-        return ""
-    modality = (dicom_value(volume_node, "0008,0060") or "").upper()
-    if modality and modality not in _MODALITIES[wanted]:
-        return modality
-    found = contrast_of(volume_node)
-    return contrast_name(found) if found not in (None, wanted) else ""
+    from FreqSegLib.contrast import other_contrast
+
+    return other_contrast(_called(volume_node), dicom_value(volume_node, "0008,0060"), wanted)
+
+
+def _called(volume_node) -> str:
+    return " ".join(filter(None, (volume_node.GetName(), dicom_value(volume_node, "0008,103e"))))
 
 
 def contrast_warning(volume_node, target_modality: str, modality_name: str, target: str) -> str:
     """A sentence where the volume's name speaks of another kind of picture than a target was learned on, else ""."""
+    from FreqSegLib.contrast import contrast_name
+
     found = contrast_of(volume_node)
     fitting = _FITTING.get(target_modality)
     if found is None or fitting is None or found in fitting:

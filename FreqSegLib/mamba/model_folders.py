@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ def find_model(name_or_folder: str | Path) -> Path:
         if (place / name / MODEL_FILE).is_file():
             return place / name
     there = installed_models()
+    near = difflib.get_close_matches(name, there, 1)
+    offered = f"; did you mean {near[0]!r}?" if near else "."
     raise WeightsError(
-        f"there is no spectral model '{name}'. Give the folder of one (with {MODEL_FILE}), or a name; here are: "
-        f"{', '.join(there) or 'none, train one with freqseg train-spectral'}"
+        f"there is no spectral model '{name}'{offered} Give the folder of one (with {MODEL_FILE}), or a name; here "
+        f"are: {', '.join(there) or 'none, train one with freqseg train-spectral'}"
     )
 
 

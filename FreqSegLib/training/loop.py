@@ -119,7 +119,7 @@ def fit(
             group["lr"] = rate_at(step)
         model.train()
         optimiser.zero_grad(set_to_none=True)
-        running.append(_backward(batch_loss, step, config.accumulate))
+        running.append(_backward(batch_loss, step, config.accumulate, last))
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimiser.step()
         state["step"] = step + 1
@@ -154,15 +154,14 @@ def fit(
     return {**state[config.keep], "seconds": state["seconds"]}
 
 
-def _backward(batch_loss: Callable[[int], Tensor], step: int, accumulate: int) -> float:
+def _backward(batch_loss: Callable[[int], Tensor], step: int, accumulate: int, last: Path) -> float:
     """Gradients of one step, added to the parameters; the mean loss of its batches."""
     values = []
     for number in range(step * accumulate, (step + 1) * accumulate):
         loss = batch_loss(number)
         if not torch.isfinite(loss):
-            raise FreqSegError(
-                f"The loss became {loss.item()} at step {step}; the last checkpoint is intact. Lower the learning rate."
-            )
+            kept = "; the last checkpoint is intact" if last.exists() else ""
+            raise FreqSegError(f"The loss became {loss.item()} at step {step}{kept}. Lower the learning rate.")
         (loss if accumulate == 1 else loss / accumulate).backward()
         values.append(loss.item())
     return sum(values) / accumulate

@@ -8,6 +8,7 @@ the parameters come as close as each architecture allows to those of the configu
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib.util
 import io
 import json
@@ -80,6 +81,7 @@ def build(name: str, recipe: SpectralRecipe) -> nn.Module:
     Raises:
         SettingsError: there is no such network.
     """
+    _check_name(name)
     if name == OWN:
         return build_network(recipe)
     if name in ABLATIONS:
@@ -89,8 +91,6 @@ def build(name: str, recipe: SpectralRecipe) -> nn.Module:
         "SegResNet": (_segresnet, range(4, 65, 2)),
         "SwinUNETR": (_swin, range(12, 49, 12)),
     }
-    if name not in makers:
-        raise SettingsError(f"there is no network {name!r}; choose of {', '.join((OWN, *ABLATIONS, *PEERS))}")
     make, widths = makers[name]
     wanted = count_parameters(build_network(recipe))
     # on the meta device only shapes are made, no weights; SwinUNETR computes its rates while it is built
@@ -99,6 +99,14 @@ def build(name: str, recipe: SpectralRecipe) -> nn.Module:
     closest = min(widths, key=lambda width: abs(sizes[width] - wanted))
     torch.manual_seed(recipe.training.seed)
     return make(recipe.model, closest)
+
+
+def _check_name(name: str) -> None:
+    there = (OWN, *ABLATIONS, *PEERS)
+    if name not in there:
+        near = difflib.get_close_matches(name, there, 1, cutoff=0.5)
+        offered = f"; did you mean {near[0]!r}?" if near else "."
+        raise SettingsError(f"there is no network {name!r}{offered} There are {', '.join(there)}")
 
 
 def ablated(recipe: SpectralRecipe, name: str) -> SpectralRecipe:
@@ -190,8 +198,7 @@ def compare(
     if not recipe.data.test_images:
         raise SettingsError(f"{config} names no test_images and test_labels under data, so nothing could be measured")
     for name in networks:
-        if name not in (OWN, *ABLATIONS, *PEERS):
-            raise SettingsError(f"there is no network {name!r}; choose of {', '.join((OWN, *ABLATIONS, *PEERS))}")
+        _check_name(name)
     networks, seeds = list(dict.fromkeys(networks)), list(dict.fromkeys(seeds))
     if any(not level > 0 for level in noise):
         raise SettingsError(f"noise must be above 0, got {min(noise)}")

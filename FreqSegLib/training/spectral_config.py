@@ -133,6 +133,8 @@ class DataConfig:
         classes: names, in the order of the labels from 1.
         colors: red, green, blue in [0, 1] for each class; a palette where left out.
         binary: any label above 0 means 1.
+        fill_nonfinite: value for voxels that are NaN or infinite, which are refused without it; in labels they are
+            background then.
         test_images, test_labels: folders that nothing is trained or chosen on, to measure on at the end; may be empty.
     """
 
@@ -143,6 +145,7 @@ class DataConfig:
     label_ending: str = ".nii.gz"
     colors: tuple[tuple[float, ...], ...] = ()
     binary: bool = False
+    fill_nonfinite: float | None = None
     test_images: str = ""
     test_labels: str = ""
 
@@ -190,7 +193,20 @@ class SpectralRecipe:
             raise SettingsError(f"crop must have {dimensions} sides, got {self.training.crop}")
         if any(axis not in range(dimensions) for axis in self.augment.flip_axes):
             raise SettingsError(f"flip_axes must lie in 0 to {dimensions - 1}, got {self.augment.flip_axes}")
+        patch = self.patch
+        if self.input.form != "volume" and self.input.side < max(patch):
+            raise SettingsError(
+                f"side must be at least one patch of the network ({max(patch)} pixels), got {self.input.side}"
+            )
+        if any(side < least for side, least in zip(self.training.crop, patch, strict=False)):
+            raise SettingsError(f"crop must be at least one patch of the network {patch}, got {self.training.crop}")
         self.described()
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """The network's patch along every axis: the least that it takes."""
+        size = self.model.patch_size
+        return (size,) * self.model.dimensions if isinstance(size, int) else tuple(size)
 
     def described(self) -> SpectralModel:
         """What is written beside the weights."""

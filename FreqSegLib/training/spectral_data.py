@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,9 +114,13 @@ def read_pair(pair: Pair, data: DataConfig) -> tuple[Volume, NDArray[np.uint8]]:
     """An image, and its labels (k, j, i) from 0 to the number of classes.
 
     Raises:
-        InputError: the files' grids differ, or a label lies outside the classes.
+        InputError: a file cannot be read, the files' grids differ, or a label lies outside the classes.
     """
-    volume, label = Volume.read(pair.image), Volume.read(pair.label)
+    fill = data.fill_nonfinite
+    with _naming(pair.image):
+        volume = Volume.read(pair.image, fill_nonfinite=fill)
+    with _naming(pair.label):
+        label = Volume.read(pair.label, fill_nonfinite=None if fill is None else 0)
     if volume.shape != label.shape:
         raise InputError(f"{pair.image} has {volume.shape} voxels, its labels {label.shape}; they must be on one grid")
     if volume.spatial_dimension == label.spatial_dimension == 3 and not same_grid(volume, label, tolerance=0.5):
@@ -126,23 +132,44 @@ def read_pair(pair: Pair, data: DataConfig) -> tuple[Volume, NDArray[np.uint8]]:
     return volume, read_labels(label, data, pair.label)
 
 
-def read_items(pair: Pair, data: DataConfig, config: InputConfig) -> list[Item]:
+def read_items(
+    pair: Pair, data: DataConfig, config: InputConfig, warn: Callable[[str], None] = lambda sentence: None
+) -> list[Item]:
     """A pair as the network sees it: every slice, or the volume.
 
+    Args:
+        pair, data, config: see there.
+        warn: called with what is unusual about the image.
+
     Raises:
-        InputError: see :func:`read_pair`.
+        InputError: see :func:`read_pair`; or the image is constant, or not of the form.
     """
     volume, array = read_pair(pair, data)
+    for sentence in volume.warnings:
+        warn(sentence)
     if config.form == "volume":
-        whole = VolumeInput.of(volume, config)
+        with _naming(pair.image):
+            whole = VolumeInput.of(volume, config)
         return [Item(pair.name, pair.name, whole.image()[0, 0], whole.labels(array)[0])]
-    slices = SliceInput.of(volume, config)
+    with _naming(pair.image):
+        slices = SliceInput.of(volume, config)
     indices = range(slices.stack.count)
     images, labels = slices.images(indices)[:, 0], slices.labels(array, indices)
     return [
         Item(pair.name, f"{pair.name} slice {index}" if len(indices) > 1 else pair.name, images[index], labels[index])
         for index in indices
     ]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a volume name its file: among hundreds its name alone does not tell where it is."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
 
 
 def _said(lengths: NDArray[np.float64]) -> str:
@@ -308,8 +335,15 @@ def _grid(images: Tensor, config: AugmentConfig, rng: np.random.Generator, dimen
     return F.affine_grid(theta[None].expand(images.shape[0], -1, -1), list(images.shape), align_corners=False)
 
 
-def load_split(recipe: SpectralRecipe, folder: Path) -> tuple[list[Item], list[Item]]:
+def load_split(
+    recipe: SpectralRecipe, folder: Path, warn: Callable[[str], None] = lambda sentence: None
+) -> tuple[list[Item], list[Item]]:
     """Training and validation items, in memory.
+
+    Args:
+        recipe: says where they are.
+        folder: what relative folders are relative to.
+        warn: called with what is unusual about the images, once for what several have in common.
 
     Raises:
         InputError: see :func:`find_pairs`, :func:`split`, :func:`read_items`.
@@ -317,10 +351,17 @@ def load_split(recipe: SpectralRecipe, folder: Path) -> tuple[list[Item], list[I
     if recipe.data.test_images:
         # not read yet, but missing after hours of training they would be a pity
         find_pairs(recipe.data, folder, test=True)
+    said: list[str] = []
     train, validation = (
-        [item for pair in pairs for item in read_items(pair, recipe.data, recipe.input)]
+        [item for pair in pairs for item in read_items(pair, recipe.data, recipe.input, said.append)]
         for pairs in split(find_pairs(recipe.data, folder), recipe.training.validation_share)
     )
+    alike: dict[str, list[str]] = {}
+    for sentence in said:
+        # after the file's name
+        alike.setdefault(re.sub(r"[\d.]+", "", sentence.partition(": ")[2]), []).append(sentence)
+    for first, *others in alike.values():
+        warn(first + (f" (and {len(others)} more images like it)" if others else ""))
     count = len(recipe.data.classes) + 1
     shown = torch.stack([torch.bincount(item.label.flatten(), minlength=count) for item in train]).sum(0)
     for number, name in enumerate(recipe.data.classes, start=1):

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from FreqSegLib.checkpoint import load_exactly
 from FreqSegLib.device import resolve_device
-from FreqSegLib.errors import FreqSegError, InputError, SettingsError
+from FreqSegLib.errors import FreqSegError, InputError, OutputError, SettingsError
 from FreqSegLib.evaluation.segmentation_metrics import NSD_TOLERANCE
 from FreqSegLib.mamba.losses import PatchDiscriminator, SpectralDualLoss, adversarial_losses
-from FreqSegLib.mamba.model_config import WEIGHTS_FILE, SpectralModel, read_config
+from FreqSegLib.mamba.model_config import MODEL_FILE, WEIGHTS_FILE, SpectralModel, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.mamba.stored_weights import packed, unpacked
 from FreqSegLib.output_file import replacing
@@ -32,7 +32,7 @@ from FreqSegLib.training.processes import processes
 from FreqSegLib.training.spectral_config import LossConfig, SpectralRecipe
 from FreqSegLib.training.spectral_data import Batch, Batches, Item, find_pairs, load_split, split
 from FreqSegLib.training.spectral_test import CaseScore, choose_smallest_part, class_table, scored
-from FreqSegLib.training.work_folder import claim
+from FreqSegLib.training.work_folder import RECIPE_FILE, claim
 
 Row = dict[str, float]
 PANELS: dict[str, tuple[str, ...]] = {"training loss": ("loss", "train_"), "validation DSC": ("score", "dsc_")}
@@ -45,6 +45,7 @@ def train_spectral(
     *,
     data: Path | None = None,
     device: str = "auto",
+    overwrite: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Train a model as a configuration file says; a stopped run goes on where it was.
@@ -55,6 +56,7 @@ def train_spectral(
         models: gets the model, in a folder of its name: weights, ``model.json``, a card.
         data: what the data's relative folders are relative to; the configuration's own folder if None.
         device: auto, cpu or cuda[:N].
+        overwrite: replace a model of that name; one that this ``work`` made is replaced without it.
         report: where lines of progress go.
 
     Returns:
@@ -63,12 +65,22 @@ def train_spectral(
     Raises:
         SettingsError: the configuration is wrong; the key is named.
         InputError: images or labels are missing or unusable.
+        OutputError: ``models`` has another model of that name.
         FreqSegError: the loss is not finite; the batch is named.
     """
     recipe = read_config(config, SpectralRecipe)
+    if (
+        not overwrite
+        and (models / recipe.name / MODEL_FILE).exists()
+        and not (work / recipe.name / RECIPE_FILE).exists()
+    ):
+        raise OutputError(
+            f"{models / recipe.name} holds a model already; give yours another name, or another folder (--models), or "
+            "allow overwriting (--overwrite)"
+        )
     with processes(resolve_device(device)) as (rank, world, place):
         quiet: Callable[[str], None] = report if rank == 0 else (lambda line: None)
-        run = SpectralTraining(recipe, data or config.parent, work / recipe.name, place, rank, world)
+        run = SpectralTraining(recipe, data or config.parent, work / recipe.name, place, rank, world, warn=quiet)
         quiet(run.described())
         best = run.fit(quiet)
         folder = models / recipe.name
@@ -118,6 +130,7 @@ class SpectralTraining:
         device: to compute on.
         rank, world: which of how many processes this is.
         network: to train in place of the recipe's, which must take and give the same shapes.
+        warn: called with what is unusual about the images.
     """
 
     def __init__(
@@ -129,16 +142,17 @@ class SpectralTraining:
         rank: int = 0,
         world: int = 1,
         network: nn.Module | None = None,
+        warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.recipe, self.work = recipe, work
         self.device, self.rank, self.world = device or torch.device("cpu"), rank, world
         config = recipe.training
         if config.batch_size % world:
             raise SettingsError(f"batch_size must be a multiple of the {world} processes, got {config.batch_size}")
-        train, validation = load_split(recipe, data)
+        train, validation = load_split(recipe, data, warn)
         self.validation = validation
         self.batches = Batches(train, config, recipe.augment, rank, world)
-        _check_sizes(recipe, train)
+        _check_sizes(recipe, train, validation)
         torch.manual_seed(config.seed)
         network = network or build_network(recipe)
         model = recipe.model
@@ -231,11 +245,11 @@ class SpectralTraining:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             total, components = self._step(images, labels)
         if not torch.isfinite(total):
+            kept = "The last checkpoint is intact. " if (self.work / "last.pt").exists() else ""
             said = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in components.items())
             raise FreqSegError(
                 f"The loss became {float(total.detach())} at step {step} ({said}) on the images "
-                f"{', '.join(batch.names)}. The last checkpoint is intact. Look at these images, or lower "
-                "learning_rate."
+                f"{', '.join(batch.names)}. {kept}Look at these images, or lower learning_rate."
             )
         for name, value in components.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
@@ -415,13 +429,20 @@ def _said_of_parts(parts: Mapping[float, float]) -> str:
     return f"{what}, chosen on the same cases on the files' own grids (DSC by share: {others})"
 
 
-def _check_sizes(recipe: SpectralRecipe, items: list[Item]) -> None:
+def _check_sizes(recipe: SpectralRecipe, train: list[Item], validation: list[Item]) -> None:
     """Raises:
-    SettingsError: training would have to stack images of different sizes.
+    SettingsError: an image is smaller than the network takes, or training would have to stack different sizes.
     """
+    # a crop fills up what is smaller
+    for item in validation if recipe.training.crop else [*train, *validation]:
+        if any(side < least for side, least in zip(item.image.shape, recipe.patch, strict=True)):
+            raise SettingsError(
+                f"{item.name} has {tuple(item.image.shape)} voxels (z, y, x), fewer than one patch of the network "
+                f"{recipe.patch}; lower patch_size or spacing, or take the image away"
+            )
     if recipe.training.crop or recipe.training.batch_size == 1:
         return
-    sizes = {tuple(item.image.shape) for item in items}
+    sizes = {tuple(item.image.shape) for item in train}
     if len(sizes) > 1:
         raise SettingsError(
             f"the images have {len(sizes)} sizes, for example {sorted(sizes)[0]} and {sorted(sizes)[-1]}; set crop, so "

@@ -187,7 +187,7 @@ def test_every_network_is_measured_on_the_test_images_and_a_finished_run_is_read
 
 
 def test_an_unknown_network_and_missing_test_folders_are_named(config: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="no network 'Unet'; choose of SpectralVMUNet"):
+    with pytest.raises(SettingsError, match="no network 'Unet'; did you mean 'UNet'"):
         compare(config, tmp_path / "work", networks=("Unet",))
     content = json.loads(config.read_text())
     content["data"]["test_images"] = "nowhere"

@@ -386,6 +386,24 @@ def test_the_command_writes_segments_and_uncertainty(
     assert run(*asked, "--overwrite", "-q") == 0
 
 
+def test_another_kind_of_picture_is_warned_of_and_segmented_all_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+    model["description"] = "Greys in FLAIR volumes."
+    (folder / MODEL_FILE).write_text(json.dumps(model), encoding="utf-8")
+    for name, warned in (("patient_t2.nrrd", True), ("patient_flair.nrrd", False), ("patient.nrrd", False)):
+        stepped().write(tmp_path / name)
+        output = tmp_path / f"labels_{name}"
+        assert run("spectral", str(tmp_path / name), "-m", str(folder), "-o", str(output), "--json", "-q") == 0
+        said = capsys.readouterr()
+        expected = f"'patient_t2' seems to be T2; '{model['name']}' was trained on FLAIR. Expect a poor result."
+        assert (expected in json.loads(said.out)["warnings"]) == warned
+        assert ("poor result" in said.out) == warned
+        assert (expected in said.err) == warned
+        assert output.exists()
+
+
 def test_the_command_names_what_is_wrong_before_it_works(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -396,6 +414,18 @@ def test_the_command_names_what_is_wrong_before_it_works(
         ((str(volume), "-m", "nothing", "-o", str(tmp_path / "a.nrrd")), 1, "no spectral model 'nothing'"),
         ((str(volume), "-m", str(folder), "-o", str(tmp_path / "a.xyz")), 1, "extension must be one of"),
         ((str(volume), "-m", str(folder), "-o", str(volume)), 1, "this is the input"),
+        ((str(volume), "-m", "spectral-lung", "-o", str(tmp_path / "a.nrrd")), 1, "did you mean 'spectral-lungs'?"),
+        ((str(volume), "-m", str(folder), "-o", str(tmp_path / "a.png")), 1, "a.png: a picture holds one slice"),
+        (
+            (str(volume), "-m", str(folder), "-o", str(tmp_path / "a.nrrd"), "--uncertainty", str(tmp_path / "u.tif")),
+            1,
+            "u.tif: a picture holds one slice",
+        ),
+        (
+            (str(volume), "-m", str(folder), "-o", str(tmp_path / "a.nrrd"), "--samples", "4"),
+            2,
+            "--samples says how uncertainty is measured; give --uncertainty",
+        ),
         ((str(volume), "-m", str(folder)), 2, "--output"),
     ):
         assert run("spectral", *arguments) == code

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from two_processes import run_twice
 
-from FreqSegLib.errors import FreqSegError, InputError, SettingsError, WeightsError
+from FreqSegLib.errors import FreqSegError, InputError, OutputError, SettingsError, WeightsError
 from FreqSegLib.mamba.blocks import Stage
 from FreqSegLib.mamba.model_config import WEIGHTS_FILE, InputConfig, ModelConfig, SpectralModel, read_config
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
@@ -575,3 +575,96 @@ def test_tensorboard_is_written_or_its_absence_said(images: Path, tmp_path: Path
         return
     run.fit(lambda line: None)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_model_of_another_run_is_replaced_only_when_asked(
+    trained: tuple[Path, Path, list[str]], images: Path, tmp_path: Path
+) -> None:
+    _, model, _ = trained
+    models = tmp_path / "models"
+    shutil.copytree(model, models / "tiny")
+    before = (models / "tiny" / WEIGHTS_FILE).read_bytes()
+    config = configuration(images, training={"seed": 5, "epochs": 1})
+    with pytest.raises(OutputError, match=r"tiny holds a model already.*--overwrite"):
+        train_spectral(config, tmp_path / "work", models, device="cpu", report=lambda line: None)
+    assert not (tmp_path / "work").exists()
+    assert (models / "tiny" / WEIGHTS_FILE).read_bytes() == before
+    train_spectral(config, tmp_path / "work", models, device="cpu", overwrite=True, report=lambda line: None)
+    assert (models / "tiny" / WEIGHTS_FILE).read_bytes() != before
+    # its own is written again: the run is at its end
+    train_spectral(config, tmp_path / "work", models, device="cpu", report=lambda line: None)
+
+
+def test_what_is_unusual_about_the_images_is_said_once(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write_images(tmp_path, count=4)
+    for path in (tmp_path / "images").iterdir():
+        picture = Image.open(path).convert("RGB")
+        picture.putpixel((0, 0), (90, 20, 10))
+        picture.save(path)
+    said: list[str] = []
+    load_split(recipe(tmp_path), tmp_path, said.append)
+    assert len(said) == 1
+    assert "luminance" in said[0]
+    assert said[0].endswith("(and 3 more images like it)")
+
+
+def test_images_that_cannot_be_used_are_named_with_their_file(tmp_path: Path) -> None:
+    write_volumes(tmp_path, ((8, 10, 12),) * 3)
+    volumes: dict[str, Any] = {
+        "data": {
+            "labels": "labels",
+            "image_ending": ".nii.gz",
+            "label_ending": ".nii.gz",
+            "classes": ["lower", "upper"],
+            "binary": False,
+        },
+        "input": {"form": "volume"},
+        "model": {"dimensions": 3, "out_channels": 3, "patch_size": 2},
+    }
+    path = tmp_path / "images" / "v1.nii.gz"
+    array = np.array(Volume.read(path).array)
+    array[0, 0, 0] = np.nan
+    Volume(array, AFFINE).write(path, overwrite=True)
+    with pytest.raises(InputError, match=r"images.v1\.nii\.gz: .*1 of 960 voxels are NaN.*fill_nonfinite"):
+        load_split(recipe(tmp_path, **volumes), tmp_path)
+    filled = recipe(tmp_path, **{**volumes, "data": {**volumes["data"], "fill_nonfinite": 0}})
+    said: list[str] = []
+    load_split(filled, tmp_path, said.append)
+    assert said == ["v1: 1 voxels were NaN or infinite and are now 0"]
+    too_thick = {**volumes, "model": {**volumes["model"], "patch_size": [16, 2, 2]}}
+    Volume(np.zeros((8, 10, 12), np.float32), AFFINE).write(path, overwrite=True)
+    with pytest.raises(InputError, match=r"images.v1\.nii\.gz: "):
+        load_split(filled, tmp_path)
+    array[0, 0, 0] = 0
+    Volume(array, AFFINE).write(path, overwrite=True)
+    with pytest.raises(SettingsError, match=r"v\d has \(8, 10, 12\) voxels .* one patch of the network \(16, 2, 2\)"):
+        SpectralTraining(recipe(tmp_path, **too_thick), tmp_path, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"input": {"side": 24}, "model": {"patch_size": 32}},
+            r"side must be at least one patch.*\(32 pixels\), got 24",
+        ),
+        ({"training": {"crop": [16, 2]}}, r"crop must be at least one patch of the network \(4, 4\), got \(16, 2\)"),
+    ],
+)
+def test_sizes_below_a_patch_are_named_in_the_configuration(images: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        recipe(images, **changes)
+
+
+def test_a_first_step_that_is_not_finite_promises_no_checkpoint(images: Path, tmp_path: Path) -> None:
+    run = SpectralTraining(recipe(images), images, tmp_path)
+    with torch.no_grad():
+        run.network.head.bias.fill_(float("nan"))
+    with pytest.raises(FreqSegError) as caught:
+        run.batch_loss(0)
+    assert "checkpoint" not in str(caught.value)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(FreqSegError, match="The last checkpoint is intact"):
+        run.batch_loss(0)

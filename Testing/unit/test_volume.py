@@ -257,15 +257,34 @@ def test_several_values_a_voxel_need_a_choice(tmp_path: Path, kind: str) -> None
     np.testing.assert_array_equal(Volume.read(tmp_path / "x.nrrd", frame=2).array, voxels[..., 2])
 
 
-def test_voxels_that_are_no_numbers_are_counted_or_filled(tmp_path: Path) -> None:
-    values = np.ones((3, 4, 5), np.float32)
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_voxels_that_are_no_numbers_are_counted_or_filled(tmp_path: Path, ending: str, kind: type) -> None:
+    values = np.ones((3, 4, 5), kind)
     values[0, 0] = [np.nan, np.inf, -np.inf, np.nan, 5]
-    path = Volume(values, oblique()).write(tmp_path / "holes.nrrd")
+    path = Volume(values, np.diag([1.0, 2, 3, 1])).write(tmp_path / f"holes{ending}")
     with pytest.raises(InputError, match=r"holes: 4 of 60 voxels are NaN or infinite.*--fill-nonfinite"):
         Volume.read(path)
     filled = Volume.read(path, fill_nonfinite=-7)
     np.testing.assert_array_equal(filled.array[0, 0], [-7, -7, -7, -7, 5])
+    np.testing.assert_array_equal(filled.array[1:], 1)
     assert filled.warnings == ("holes: 4 voxels were NaN or infinite and are now -7",)
+
+
+@pytest.mark.parametrize("as_vectors", [False, True])
+def test_a_nan_in_a_nifti_of_several_volumes_spoils_the_one_it_is_in(tmp_path: Path, as_vectors: bool) -> None:
+    values = np.ones((2, 3, 4, 5), np.float32)
+    values[1, 2, 0, 3] = np.nan
+    if as_vectors:
+        image = sitk.GetImageFromArray(np.moveaxis(values, 0, -1), isVector=True)
+    else:
+        image = sitk.GetImageFromArray(values, isVector=False)
+    sitk.WriteImage(image, str(tmp_path / "several.nii.gz"))
+    assert np.isfinite(Volume.read(tmp_path / "several.nii.gz", frame=0).array).all()
+    with pytest.raises(InputError, match="1 of 60 voxels are NaN"):
+        Volume.read(tmp_path / "several.nii.gz", frame=1)
+    filled = Volume.read(tmp_path / "several.nii.gz", frame=1, fill_nonfinite=9)
+    assert np.argwhere(filled.array == 9).tolist() == [[2, 0, 3]]
 
 
 def test_complex_voxels_are_refused(tmp_path: Path) -> None:
