@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from FreqSegLib.mamba.selective_scan import plain_scan, selective_scan
 from FreqSegLib.mamba.selective_scan_numba import loops
-from Testing.benchmarks.measuring import Section, answer_parent, in_child, in_turns, megabytes, peak_memory, seconds
+from Testing.benchmarks.measuring import (
+    ROOT,
+    Section,
+    answer_parent,
+    in_child,
+    in_turns,
+    megabytes,
+    peak_memory,
+    seconds,
+)
 
 GROUPS, STATES = 4, 16
 FASTER_GOAL, LINEAR_GOAL, TOLERANCE = 4.0, 1.5, 1e-5
@@ -142,15 +151,20 @@ def memory_of(name: str, channels: int, length: int) -> dict[str, Any]:
 
 
 def network_time(repeats: int, scale: str) -> Section:
-    """SpectralVMUNet at its defaults and small, MONAI's UNet and SwinUNETR: an image, and a training step."""
+    """SpectralVMUNet at its defaults, small, and as it ships; MONAI's networks: an image, and a training step."""
+    from FreqSegLib.mamba.model_config import read_config
     from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
+    from FreqSegLib.training.spectral_config import SpectralRecipe
+    from FreqSegLib.training.spectral_recipe import build_network
 
+    shipped = read_config(ROOT / "Resources" / "Configs" / "spectral-lungs.json", SpectralRecipe)
     side = 256 if scale == "full" else 32
     section = Section(f"Networks at {side} x {side}")
     networks: dict[str, nn.Module] = {
         "SpectralVMUNet, defaults": SpectralVMUNet(1, 3, side),
         "SpectralVMUNet, 32 channels, depth 1": SpectralVMUNet(1, 3, side, 32, depth=1, filter_size=16),
         "the same without the frequency path": SpectralVMUNet(1, 3, side, 32, depth=1, spectral=False),
+        "spectral-lungs": build_network(shipped),
         **_monai_networks(),
     }
     image = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(0))
@@ -168,10 +182,12 @@ def network_time(repeats: int, scale: str) -> Section:
 
 
 def _monai_networks() -> dict[str, nn.Module]:
-    from monai.networks.nets import SwinUNETR, UNet
+    from monai.networks.nets import SegResNet, SwinUNETR, UNet
 
     return {
         "MONAI UNet": UNet(2, 1, 3, (32, 64, 128, 256), (2, 2, 2), num_res_units=2),
+        # of as many parameters as spectral-lungs
+        "MONAI SegResNet": SegResNet(2, 12, 1, 2, norm="INSTANCE"),
         "MONAI SwinUNETR": SwinUNETR(1, 3, feature_size=24, spatial_dims=2),
     }
 
