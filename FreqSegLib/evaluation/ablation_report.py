@@ -114,7 +114,7 @@ def markdown(title: str, parts: Sequence[Part], notes: Sequence[str], *, claims:
 
 
 def table_csv(parts: Sequence[Part]) -> str:
-    """A line a part, target and way, numbers in full; empty where there is none."""
+    """A line a part, target and way, numbers with six digits; empty where there is none."""
     pieces = ("n", "mean", "sd", "low", "high")
     columns = ["part", "target", "method", "title", "unit"]
     columns += [f"{metric}_{piece}" for metric in METRICS for piece in pieces]
@@ -141,7 +141,7 @@ def table_csv(parts: Sequence[Part]) -> str:
                     test = part.against(row.target, row.method, against, metric)
                     line[f"{metric}_difference_{name}"] = None if test is None else test.difference.mean
                     line[f"{metric}_p_{name}"] = None if test is None else test.p
-            writer.writerow({key: "" if _is_nothing(value) else value for key, value in line.items()})
+            writer.writerow({key: _digits(value) for key, value in line.items()})
     return text.getvalue()
 
 
@@ -277,5 +277,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} % of {whole}" if whole else MISSING
 
 
-def _is_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and isnan(value))
+def _digits(value: object) -> object:
+    if value is None or (isinstance(value, float) and isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -391,7 +391,7 @@ def test_the_report_says_what_each_part_adds_and_what_is_claimed() -> None:
     assert "claimed" not in markdown("t", [part()], [], claims=False)
 
 
-def test_the_csv_has_every_number_in_full() -> None:
+def test_the_csv_has_every_number_with_six_digits() -> None:
     lines = list(csv.DictReader(io.StringIO(table_csv([part()]))))
     assert len(lines) == 6
     (found,) = [line for line in lines if line["target"] == "lungs" and line["method"] == "hf+lf"]
@@ -401,6 +401,7 @@ def test_the_csv_has_every_number_in_full() -> None:
     assert float(found["hd95_difference_full"]) == pytest.approx(0.7)
     (first,) = [line for line in lines if line["target"] == "lungs" and line["method"] == "none"]
     assert (first["before"], first["dsc_difference_before"], first["dsc_p_before"]) == ("", "", "")
+    assert max(len(line["dsc_sd"].lstrip("0.")) for line in lines) <= 6
 
 
 def test_the_figure_has_a_panel_a_target_and_a_mark_a_way() -> None:
