@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -107,16 +107,12 @@ class Targets:
         """
         import numpy as np
 
-        from FreqSegLib.image_file import check_writable, suffix_of
-
-        def like(kind: Any) -> Volume:
-            return volume.with_array(np.broadcast_to(kind(0), volume.shape))
+        from FreqSegLib.image_file import check_answer
 
         for path in self.segmentation:
-            if suffix_of(path) != ".seg.nrrd":
-                check_writable(path, like(np.uint8))
+            check_answer(path, volume, np.uint8)
         for path in (*self.saliency, *self.uncertainty):
-            check_writable(path, like(np.float32))
+            check_answer(path, volume, np.float32)
 
 
 @app.command()

@@ -175,7 +175,7 @@ def _check_formats(output: Path, uncertainty: Path | None, volume: Volume | None
     """Whether the extensions are known and, once the volume is, whether their formats can hold what is written."""
     import numpy as np
 
-    from FreqSegLib.image_file import WRITABLE, check_writable, suffix_of
+    from FreqSegLib.image_file import WRITABLE, check_answer, suffix_of
 
     for path in (output, uncertainty):
         if path is not None and suffix_of(path) not in WRITABLE:
@@ -186,10 +186,9 @@ def _check_formats(output: Path, uncertainty: Path | None, volume: Volume | None
         raise OutputError(f"cannot write {uncertainty}: .seg.nrrd holds segments, this is a map; use .nrrd")
     if volume is None:
         return
-    if suffix_of(output) != ".seg.nrrd":
-        check_writable(output, volume.with_array(np.broadcast_to(np.uint8(0), volume.shape)))
+    check_answer(output, volume, np.uint8)
     if uncertainty is not None:
-        check_writable(uncertainty, volume.with_array(np.broadcast_to(np.float32(0), volume.shape)))
+        check_answer(uncertainty, volume, np.float32)
 
 
 def _caution(volume: Volume, model: SpectralModel) -> list[str]:

@@ -109,6 +109,11 @@ def check_writable(path: Path, volume: Volume) -> None:
         )
 
 
+def check_answer(path: Path, volume: Volume, kind: type[np.uint8 | np.float32]) -> None:
+    """:func:`check_writable` for labels (uint8) or a map (float32) on the volume's grid, before there is one."""
+    check_writable(path, volume.with_array(np.broadcast_to(kind(0), volume.shape)))
+
+
 def save(path: Path, volume: Volume) -> None:
     """Write a Volume straight to ``path``, without the care of ``write_image``."""
     import SimpleITK as sitk

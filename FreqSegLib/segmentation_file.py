@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from FreqSegLib.errors import InputError
-from FreqSegLib.image_file import PICTURES, check_writable, save, stem_of, suffix_of
+from FreqSegLib.image_file import PICTURES, check_answer, save, stem_of, suffix_of
 from FreqSegLib.output_file import replacing
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _write(
     """Write each group of segments to its path; ``foreground`` is a lone segment's value in a picture."""
     suffix = suffix_of(paths[0])
     if suffix != ".seg.nrrd":
-        check_writable(paths[0], reference.with_array(np.broadcast_to(np.uint8(0), reference.shape)))
+        check_answer(paths[0], reference, np.uint8)
     with replacing(paths, overwrite=overwrite) as temporaries:
         for temporary, segments in zip(temporaries, contents, strict=True):
             if suffix == ".seg.nrrd":

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from FreqSegLib.errors import SettingsError
 from FreqSegLib.evaluation.paired import paired_test
-from FreqSegLib.mamba.model_config import ModelConfig, read_config
+from FreqSegLib.mamba.model_config import ModelConfig, from_mapping, read_config
 from FreqSegLib.mamba.spectral_vmunet import SpectralVMUNet
 from FreqSegLib.spectral_segmentation import SpectralSegmenter
 from FreqSegLib.training.spectral_config import SpectralRecipe
@@ -272,8 +272,9 @@ def _run(
 
 
 def _deciding(about: dict[str, Any]) -> dict[str, Any]:
-    """What a run came from, without the words that change nothing in it."""
-    return {**about, "recipe": {key: value for key, value in about["recipe"].items() if key not in WORDS}}
+    """What a run came from, without the words that change nothing in it; keys that came since have their defaults."""
+    recipe = asdict(from_mapping(SpectralRecipe, about["recipe"], "test.json"))
+    return {**about, "recipe": {key: value for key, value in recipe.items() if key not in WORDS}}
 
 
 def table(rows: Sequence[dict[str, Any]], noise: str = "0") -> str:

@@ -180,8 +180,14 @@ def test_every_network_is_measured_on_the_test_images_and_a_finished_run_is_read
     monkeypatch.setattr(spectral_comparison, "SpectralTraining", refuse)
     assert compare(config, tmp_path / "work", networks=networks, seeds=(0, 1), noise=(0.1,)) == rows
     content = json.loads(config.read_text())
+    for path in (tmp_path / "work").glob("*/*/test.json"):
+        older = json.loads(path.read_text())
+        del older["about"]["recipe"]["data"]["fill_nonfinite"]
+        path.write_text(json.dumps(older))
+    again = compare(config, tmp_path / "work", networks=networks, seeds=(0, 1), noise=(0.1,))
+    assert [row["test"] for row in again] == [row["test"] for row in rows]
     config.write_text(json.dumps({**content, "description": "other words"}))
-    assert compare(config, tmp_path / "work", networks=networks, seeds=(0, 1), noise=(0.1,)) == rows
+    assert compare(config, tmp_path / "work", networks=networks, seeds=(0, 1), noise=(0.1,)) == again
     with pytest.raises(SettingsError, match="another configuration"):
         compare(config, tmp_path / "work", networks=networks, noise=(0.2,))
 

@@ -31,6 +31,18 @@ from FreqSegLib.training.spectral_recipe import SpectralTraining, train_spectral
 from FreqSegLib.volume import Volume
 
 AFFINE = np.diag([1.0, 1.0, 1.0, 1.0])
+VOLUMES: dict[str, Any] = {
+    "data": {
+        "labels": "labels",
+        "image_ending": ".nii.gz",
+        "label_ending": ".nii.gz",
+        "classes": ["lower", "upper"],
+        "binary": False,
+    },
+    "input": {"form": "volume"},
+    "model": {"dimensions": 3, "out_channels": 3, "patch_size": 2},
+}
+"""Of a configuration for what :func:`write_volumes` writes."""
 
 
 def write_images(folder: Path, count: int = 8, side: int = 24, labels: tuple[int, ...] = (255,)) -> None:
@@ -415,22 +427,11 @@ def test_a_loss_that_is_not_finite_names_the_images(images: Path, tmp_path: Path
 
 def test_images_of_different_sizes_need_a_crop(tmp_path: Path) -> None:
     write_volumes(tmp_path, ((8, 10, 12), (9, 12, 12), (8, 10, 12)))
-    volumes = {
-        "data": {
-            "labels": "labels",
-            "image_ending": ".nii.gz",
-            "label_ending": ".nii.gz",
-            "classes": ["lower", "upper"],
-            "binary": False,
-        },
-        "input": {"form": "volume"},
-        "model": {"dimensions": 3, "out_channels": 3, "patch_size": 2},
-    }
     with pytest.raises(SettingsError, match="2 sizes"):
         SpectralTraining(
-            recipe(tmp_path, **volumes, training={"validation_share": 0.34, "seed": 0}), tmp_path, tmp_path / "w"
+            recipe(tmp_path, **VOLUMES, training={"validation_share": 0.34, "seed": 0}), tmp_path, tmp_path / "w"
         )
-    changes = {**volumes, "training": {"epochs": 1, "batch_size": 2, "crop": [8, 8, 16], "validation_share": 0.34}}
+    changes = {**VOLUMES, "training": {"epochs": 1, "batch_size": 2, "crop": [8, 8, 16], "validation_share": 0.34}}
     folder = train_spectral(
         configuration(tmp_path, **changes), tmp_path / "work", tmp_path / "models", device="cpu", report=lambda x: None
     )
@@ -612,28 +613,17 @@ def test_what_is_unusual_about_the_images_is_said_once(tmp_path: Path) -> None:
 
 def test_images_that_cannot_be_used_are_named_with_their_file(tmp_path: Path) -> None:
     write_volumes(tmp_path, ((8, 10, 12),) * 3)
-    volumes: dict[str, Any] = {
-        "data": {
-            "labels": "labels",
-            "image_ending": ".nii.gz",
-            "label_ending": ".nii.gz",
-            "classes": ["lower", "upper"],
-            "binary": False,
-        },
-        "input": {"form": "volume"},
-        "model": {"dimensions": 3, "out_channels": 3, "patch_size": 2},
-    }
     path = tmp_path / "images" / "v1.nii.gz"
     array = np.array(Volume.read(path).array)
     array[0, 0, 0] = np.nan
     Volume(array, AFFINE).write(path, overwrite=True)
     with pytest.raises(InputError, match=r"images.v1\.nii\.gz: .*1 of 960 voxels are NaN.*fill_nonfinite"):
-        load_split(recipe(tmp_path, **volumes), tmp_path)
-    filled = recipe(tmp_path, **{**volumes, "data": {**volumes["data"], "fill_nonfinite": 0}})
+        load_split(recipe(tmp_path, **VOLUMES), tmp_path)
+    filled = recipe(tmp_path, **{**VOLUMES, "data": {**VOLUMES["data"], "fill_nonfinite": 0}})
     said: list[str] = []
     load_split(filled, tmp_path, said.append)
     assert said == ["v1: 1 voxels were NaN or infinite and are now 0"]
-    too_thick = {**volumes, "model": {**volumes["model"], "patch_size": [16, 2, 2]}}
+    too_thick = {**VOLUMES, "model": {**VOLUMES["model"], "patch_size": [16, 2, 2]}}
     Volume(np.zeros((8, 10, 12), np.float32), AFFINE).write(path, overwrite=True)
     with pytest.raises(InputError, match=r"images.v1\.nii\.gz: "):
         load_split(filled, tmp_path)
